@@ -1,0 +1,25 @@
+# make study   the whole study with the preset "smoke": photographs in, tables and figures out
+# make test    everything that must hold: exports and notebooks in sync, the notebooks' own checks, tests
+# make readme  README.md from nbs/index.ipynb
+# Each makes .venv first where it is not there. Another preset or folder: make study STUDY="--preset laptop --data /my/photographs"
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STUDY ?=
+
+.PHONY: study test readme
+
+study: .venv/ready
+	@$(PY) -m faic.study $(STUDY)
+
+test: .venv/ready
+	@$(PY) -m pytest tests
+
+readme: .venv/ready
+	@$(PY) -m nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+
+.venv/ready: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"FAIC needs Python 3.11 or later; {sys.executable} is {sys.version.split()[0]}. Give another: make study PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
