@@ -16,12 +16,12 @@ from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, o
 from faic.train import official_linear
 
 TESTS = Path(__file__).parent
-ROOTS = [Path(os.environ["FAIC_GOLDEN"])] if os.environ.get("FAIC_GOLDEN") else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
+ROOTS = [Path(os.environ["FAIC_GOLDEN"]).resolve()] if os.environ.get("FAIC_GOLDEN") else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
 
 
 def sets(model):
     """All golden sets of a model, as pytest parameters whose ids contain the model's name."""
-    found = sorted({f.parent for root in ROOTS for f in root.rglob("arrays.npz") if model in f.parent.relative_to(root.parent).parts})
+    found = sorted({f.parent for root in ROOTS for f in root.rglob("arrays.npz") if any(model in part for part in f.parent.relative_to(root.parent).parts)})
     if not found:
         return [pytest.param(None, id=model, marks=pytest.mark.skip(reason=f"no golden set of {model} under {', '.join(map(str, ROOTS))}"))]
     return [pytest.param(f, id=f"{model}-{f.relative_to(root.parent)}") for f in found for root in ROOTS if root in f.parents]

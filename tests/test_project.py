@@ -1,0 +1,104 @@
+"""The project holds together: exports, notebooks, README, imports, and the notebooks' own checks."""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = {nb.stem.split("_", 1)[1]: int(nb.stem[:2]) for nb in NOTEBOOKS if nb.stem[:2].isdigit()}
+PAPERMILL = ("phase1", "phase2", "inference_time", "results", "colorize")
+
+
+def run(*command, **kwargs):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **kwargs)
+
+
+def cells(notebook, kind="code"):
+    return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == kind]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the sources that nbdev may write into."""
+    for name in ("nbs", "faic"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def differing(a, b, pattern):
+    names = {f.name for folder in (a, b) for f in folder.glob(pattern)}
+    return [n for n in sorted(names) if not (a / n).exists() or not (b / n).exists() or (a / n).read_bytes() != (b / n).read_bytes()]
+
+
+def test_package_is_a_fresh_export(copy):
+    for f in (copy / "faic").glob("*.py"):
+        if f.name != "__init__.py":
+            f.unlink()
+    assert run("nbdev_export", cwd=copy).returncode == 0
+    assert not differing(copy / "faic", ROOT / "faic", "*.py"), "run nbdev_export and commit faic/"
+
+
+def test_notebooks_are_clean(copy):
+    assert run("nbdev_clean", cwd=copy).returncode == 0
+    assert not differing(copy / "nbs", ROOT / "nbs", "*.ipynb"), "run nbdev_clean and commit nbs/"
+
+
+def test_readme_is_the_index_notebook():
+    made = run(sys.executable, "-m", "nbconvert", "--to", "markdown", "--no-input", "--stdout", ROOT / "nbs" / "index.ipynb")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (ROOT / "README.md").read_text(), "run make readme and commit README.md"
+
+
+def test_papermill_notebooks_have_one_parameters_cell():
+    """Without the tag papermill warns, and the notebook's own values silently win over the user's."""
+    for name in PAPERMILL:
+        nb = ROOT / "nbs" / f"{name}.ipynb"
+        assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(nb)) == 1, name
+        assert "skip_exec: true" in "".join(cells(nb, "markdown")[0]["source"]), name
+
+
+def test_a_notebook_imports_only_from_smaller_numbers():
+    for nb in NOTEBOOKS:
+        if not nb.stem[:2].isdigit():
+            continue
+        source = "\n".join("".join(c["source"]) for c in cells(nb) if re.search(r"^#\| export", "".join(c["source"]), re.M))
+        for module in re.findall(r"^\s*(?:from|import) faic\.(\w+)", source, re.M):
+            assert MODULES[module] < int(nb.stem[:2]), f"{nb.name} imports faic.{module}"
+        assert "import *" not in source, nb.name
+
+
+def test_package_needs_neither_nbdev_nor_papermill():
+    """Models, loop and metrics run where only torch, ignite and the scientific stack are installed."""
+    modules = ", ".join(f"faic.{m}" for m in MODULES)
+    blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel torchvision".split()
+    code = f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport {modules}"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_direct_dependency_is_pinned():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    plain = lambda spec: re.split(r"[<>=!~\[]", spec)[0].lower().replace("_", "-")
+    named = {plain(s) for key in ("requirements", "dev_requirements") for s in shlex.split(config["DEFAULT"][key])}
+    pinned = {plain(l) for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l}
+    assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
+
+
+def test_nbdev_test_runs_every_notebook():
+    """nbdev_test exits with 0 when it finds nothing to run, so what it ran is counted."""
+    done = run("nbdev_test", "--do_print", cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ran = set(re.findall(r"Completed .*?([\w]+)\.ipynb", done.stdout + done.stderr))
+    assert ran == {nb.stem for nb in NOTEBOOKS} - set(PAPERMILL)
