@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SRGB_FOOT', 'RGB_TO_XYZ', 'WHITE', 'F_FOOT', 'PIECE', 'GRAY_KINDS', 'TO_YUV', 'FROM_YUV', 'rgb_to_lab', 'lab_to_rgb',
-           'scale_lab', 'unscale_lab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb', 'transfer_lightness', 'to_uint8',
-           'truncate_uint8']
+           'scale_lab', 'unscale_lab', 'scaled_ab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb', 'transfer_lightness',
+           'to_uint8', 'truncate_uint8']
 
 # %% ../nbs/01_color.ipynb #985833cf
 from functools import lru_cache
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-# %% ../nbs/01_color.ipynb #64cdaf48
+# %% ../nbs/01_color.ipynb #a53abd6f
 SRGB_FOOT = .04045 # below it the sRGB curve is a straight line
 
-def _linear(rgb): # float in [0,1], or uint8
-    if rgb.dtype == torch.uint8:
+def _linear(rgb): # float in [0,1], or integers 0..255
+    if not rgb.is_floating_point():
         return _linear_table(rgb.device).index_select(0, rgb.int().flatten()).view(rgb.shape)
     step = ((SRGB_FOOT + .055)/1.055)**2.4*12.92 # where the line has the curve's value at the foot
     curve = rgb.clamp(min=SRGB_FOOT).add_(.055).div_(1.055).log_().mul_(2.4).exp_()
-    return curve - threshold_(step - rgb, step - SRGB_FOOT, 0.).div_(12.92)
+    return threshold_(step - rgb, step - SRGB_FOOT, 0.).div_(-12.92).add_(curve)
 
 # %% ../nbs/01_color.ipynb #8e71e076
 @lru_cache
 def _linear_table(device): return _linear(torch.arange(256, dtype=torch.float64)/255).float().to(device)
 
-# %% ../nbs/01_color.ipynb #db57dbf8
+# %% ../nbs/01_color.ipynb #130e51d9
 RGB_TO_XYZ = ((.412453, .357580, .180423), (.212671, .715160, .072169), (.019334, .119193, .950227)) # linear sRGB -> CIE XYZ
 WHITE = (.95047, 1., 1.08883) # XYZ of D65, 2 degree observer
 F_FOOT = .008856 # below it f is the line 7.787 t + 16/116
@@ -36,12 +36,12 @@ F_FOOT = .008856 # below it f is the line 7.787 t + 16/116
 def _response(t):
     step = (F_FOOT**(1/3) - 16/116)/7.787 # where the line has the curve's value at the foot
     curve = t.clamp(min=F_FOOT).log_().div_(3).exp_()
-    return curve - threshold_(step - t, step - F_FOOT, 0.).mul_(7.787)
+    return threshold_(step - t, step - F_FOOT, 0.).mul_(-7.787).add_(curve)
 
-def _xyz(like):
-    "RGB_TO_XYZ divided by white, (3,3), in the dtype and on the device of a float tensor."
+def _xyz(pixels):
+    "RGB_TO_XYZ divided by white, (3,3), for these pixels: on their device, in their float dtype (float32 for uint8)."
     matrix = torch.tensor(RGB_TO_XYZ, dtype=torch.float64)/torch.tensor(WHITE, dtype=torch.float64)[:,None]
-    return matrix.to(like)
+    return matrix.to(pixels.device, pixels.dtype if pixels.is_floating_point() else torch.float32)
 
 # %% ../nbs/01_color.ipynb #f149ac0e
 PIECE = 16384 # pixels
@@ -52,16 +52,17 @@ def _in_pieces(convert, rgb): # convert: (B,3,n) -> (B,C,n); gives (B,C,H,W)
     converted = torch.cat([convert(p) for p in pieces], 2)
     return converted.view(len(rgb), -1, *rgb.shape[2:])
 
-# %% ../nbs/01_color.ipynb #b2644480
+# %% ../nbs/01_color.ipynb #ee3c89b2
 def rgb_to_lab(
     rgb:Tensor, # (B,3,H,W) float in [0,1], or uint8
 )->Tensor: # (B,3,H,W): L in [0,100], a and b in about [-110,110]; float32 for uint8
     "sRGB to CIE Lab (D65), with gradients that are finite everywhere."
+    matrix = _xyz(rgb)
+    weights = matrix.new_tensor([[0, 116, 0], [500, -500, 0], [0, 200, -200]])
+    offset = matrix.new_tensor([-16, 0, 0])[:,None]
     def lab(pixels):
-        linear = _linear(pixels)
-        f = _response(_xyz(linear) @ linear)
-        weights = f.new_tensor([[0, 116, 0], [500, -500, 0], [0, 200, -200]])
-        return torch.baddbmm(f.new_tensor([-16, 0, 0])[:,None], weights.expand(len(f), 3, 3), f)
+        f = _response(matrix @ _linear(pixels))
+        return torch.baddbmm(offset, weights.expand(len(f), 3, 3), f)
     return _in_pieces(lab, rgb)
 
 # %% ../nbs/01_color.ipynb #7f87d8a0
@@ -91,7 +92,17 @@ def unscale_lab(
     "Pix2Pix's range back to Lab."
     return torch.cat([(L + 1)*50, ab*110], 1)
 
-# %% ../nbs/01_color.ipynb #c626d5ad
+# %% ../nbs/01_color.ipynb #f18d5d56
+def scaled_ab(
+    rgb:Tensor, # (B,3,H,W), the values of 8-bit pixels: float in [0,1] (no gradient flows), or uint8
+)->Tensor: # (B,2,H,W) in [-1,1]; what scale_lab(rgb_to_lab(rgb)) gives as ab
+    "Pix2Pix's target, of 8-bit pixels."
+    matrix = _xyz(rgb)
+    weights = matrix.new_tensor([[500, -500, 0], [0, 200, -200]])/110
+    levels = lambda pixels: (pixels*255).round_().int() if pixels.is_floating_point() else pixels
+    return _in_pieces(lambda pixels: weights @ _response(matrix @ _linear(levels(pixels)).to(matrix)), rgb)
+
+# %% ../nbs/01_color.ipynb #3325c183
 GRAY_KINDS = ('lab', 'coltran', 'bbdm') # whose gray: Pix2Pix's, ColTran's, BBDM's
 
 def luma(
@@ -101,10 +112,8 @@ def luma(
     "The gray that a model is given, rounded as its reference implementation does."
     if kind not in GRAY_KINDS: raise ValueError(f'gray kind {kind!r} is unknown; expected one of {GRAY_KINDS}')
     if kind == 'lab':
-        def lightness(pixels):
-            linear = _linear(pixels)
-            return _response(_xyz(linear)[1:2] @ linear)*1.16 - .16
-        return _in_pieces(lightness, rgb)
+        Y = _xyz(rgb)[1:2]
+        return _in_pieces(lambda pixels: _response(Y @ _linear(pixels))*1.16 - .16, rgb)
     R, G, B = (rgb if rgb.dtype == torch.uint8 else (rgb*255).round()).split(1, 1)
     if kind == 'coltran': gray = (R.float()*.2989 + G.float()*.5870 + B.float()*.1140).floor()
     else: gray = 19595*R.int() + 38470*G.int() + 7471*B.int() + 32768 >> 16

@@ -1,0 +1,173 @@
+"""results.ipynb on invented runs in temporary folders: what it writes, and that what was not run says so."""
+import itertools
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+from faic.core import open_run, pick_device, repo_root, write_json
+from faic.metrics import METRICS, column
+from faic.plots import PAPER_TABLES, conclude, hypothesis_sentences, paper_figure, phase2_table, read_evidence
+from faic.plots import save_figure, times_table, variants_table, verdict
+
+LABEL = "EfficientNet-Lite0"
+CAUTION = "Invented for a test."
+DATA = dict(name="embedded", fingerprint="f00dfacade", side=8, caution=CAUTION, credits="Photographs: noise.")
+FILES = [f"{t}.{e}" for t in ("table1", "table2", "table3", "table4", "table_phase2") for e in ("csv", "md", "tex")]
+FILES += [f"figure{n}.{e}" for n in range(4, 11) for e in ("png", "pdf")] + ["hypothesis.md"]
+
+
+def scores(fid, width=2.0, only=METRICS):
+    value = {name: fid if name == "FID" else fid + 90 if "FID" in name else fid / 1e4 if name == "KID" else 7.5 for name in METRICS}
+    half = {name: width * (1e-4 if name == "KID" else 1) for name in METRICS}
+    ends = {"": 0, "low": -1, "high": 1}
+    return {"n": 48, "dimension": 1280} | {column(m, LABEL, e): value[m] + s * half[m] if m in only else np.nan for m in METRICS for e, s in ends.items()}
+
+
+def run(phase, model, variant, rows, data=DATA, time="2031-05-05T12:00:00", seed=0, **options):
+    """A run folder as the study writes it: options, rows of metrics, noise as samples."""
+    options = dict(phase=phase, model=model, preset="smoke", seed=seed, data=data, **options) | ({"variant": variant} if variant else {})
+    made = open_run(options, pick_device("cpu"))
+    write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus")))
+    (made.path / "samples").mkdir(exist_ok=True)
+    for row in rows:
+        made.add_metrics(row)
+        if "day" in row:
+            np.save(made.path / "samples" / f"day-{row['day']}.npy", np.random.default_rng(row["day"]).integers(0, 256, (8, 8, 8, 3), np.uint8))
+    return made
+
+
+def baselines():
+    for phase in ("phase1", "phase2"):
+        run(phase, "baseline", "gray", [dict(day=1, lightness="photograph", **scores(104.0))])
+        run(phase, "baseline", "real", [dict(day=1, **scores(7.0, only=("unpaired FID", "IS")))])
+
+
+def model_runs(model, fid, lightness=("photograph",), seconds=0.05):
+    """Both phases and the inference time of a model whose four variants and five days score around `fid`."""
+    variants = next(t["FID"] for t in PAPER_TABLES.values() if t.get("model") == model)
+    work = lambda day: dict(day=day, step=60 * day, training_seconds=9.5 * day, sampling="default")
+    data = DATA | dict(train=120, validation=48, test=48)
+    made = [run("phase1", model, v, [dict(work(1), lightness=l, **scores(fid + i)) for l in lightness], data, budget="60 steps", train=dict(batch_size=4))
+            for i, v in enumerate(variants)]
+    winner = dict(variant=list(variants)[0], metric=column("FID", LABEL), decided=False, time=1.0)
+    write_json(made[0].path / "winner.json", winner)
+    made[1].log(event="discriminator won", step=55, began=31)
+    days = [dict(work(d), lightness=l, **scores(fid - d)) for d in range(1, 6) for l in lightness]
+    run("phase2", model, list(variants)[0], days, data, budget="300 steps", train=dict(batch_size=4))
+    stages = [s for m, s in PAPER_TABLES["Table IV"]["hours"] if m == model]
+    timing = dict(images=16, side=8, gflop_per_image=0.4, peak_share=0.1, cpu_seconds_per_image=seconds, device="a test's abacus")
+    run("inference", model, None, [dict(timing, stage=s, batch_size=b, seconds_per_image=seconds / b) for s in stages for b in (1, 8)])
+    return made
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FAIC_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def execute(folder, **parameters):
+    papermill.execute_notebook(repo_root() / "nbs" / "results.ipynb", folder / "out.ipynb", parameters, kernel_name="python3", progress_bar=False)
+    return {f.name: f for f in (folder / "figures" / "smoke").iterdir()}
+
+
+def test_nothing_was_run(folders):
+    files = execute(folders)
+    assert sorted(files) == sorted(FILES)
+    for name in ("table1", "table2", "table3", "table4", "table_phase2"):
+        for ending in ("md", "tex"):
+            text = files[f"{name}.{ending}"].read_text()
+            assert "not run" in text and "no runs" in text and "preset smoke" in text and "commit of this checkout" in text
+    assert set(pd.read_csv(files["table1.csv"], comment="#")["status"]) == {"not run"}
+    sentences = [l for l in files["hypothesis.md"].read_text().splitlines() if l.startswith("- ")]
+    assert sentences and all("not decided" in s or "not run" in s for s in sentences)
+    assert min(files[f].stat().st_size for f in FILES) > 100
+
+
+def test_pix2pix_alone(folders):
+    baselines()
+    model_runs("pix2pix", 80.0)
+    files = execute(folders, preset="smoke", data="/somewhere/else/embedded", seed="0")
+    assert sorted(files) == sorted(FILES)
+    text = files["table1.md"].read_text()
+    for said in ("80.0 [78.0, 82.0]", "| FID, the paper | 16.33 | 27.53 | 17.87 | 18.30 |", "winner, undecided", "inside the intervals", "grouped jackknife",
+                 "BCa bootstrap", "n = 48 images in 1280 dimensions", "since step 31", CAUTION, "commit c0ffee1234", "preset smoke",
+                 "data embedded (48 validation, 48 test images, 8x8", "gray image", "real photographs", "60 steps"):
+        assert said in text, said
+    table = pd.read_csv(files["table1.csv"], comment="#").set_index("entry")
+    fid = column("FID", LABEL)
+    assert table.loc["default", [fid, f"{fid} low", f"{fid} high", "FID, the paper", "epochs"]].tolist() == [80, 78, 82, 16.33, 2]
+    assert table.loc["real photographs", column("unpaired FID", LABEL)] == 97 and np.isnan(table.loc["real photographs", fid])
+    assert table["status"].tolist() == ["run"] * 4 + ["baseline"] * 2
+    assert "# preset smoke" in files["table1.csv"].read_text()
+    tex = files["table1.tex"].read_text()
+    assert r"95 \%" in tex and r"\toprule" in tex and tex.count("{") == tex.count("}") and "95 %" not in tex
+    assert "26.00 | 21.11 | 22.93 | 21.22" in files["table2.md"].read_text() and "not run" in files["table2.md"].read_text()
+    times = files["table4.md"].read_text()
+    assert "projected from 16 images on a test's abacus" in times and "| 0:03 | 2:40 | 6:50 | 0:04 | 0:42 |" in times
+    assert pd.read_csv(files["table4.csv"], comment="#")["projected_seconds"].dropna().tolist() == [0.05 / 8 * 5000]
+    hypothesis = files["hypothesis.md"].read_text()
+    assert "BBDM was not run" in hypothesis and f"Pix2Pix beats the gray image by {fid}: 75.0 [73.0, 77.0] against 104.0" in hypothesis
+    final = pd.read_csv(files["table_phase2.csv"], comment="#").set_index("entry")
+    assert final.loc["Pix2Pix", "day"] == 5 and final.loc["ColTran", "status"] == "not run"
+
+
+def test_more_models_slot_in(folders):
+    baselines()
+    model_runs("pix2pix", 80.0)
+    model_runs("coltran", 60.0, ("model", "photograph"), seconds=5.0)
+    model_runs("bbdm", 61.0, ("model", "photograph"), seconds=1.0)
+    evidence = read_evidence("smoke", "embedded", 0)
+    sentences = hypothesis_sentences(evidence)
+    assert "is not decided" in sentences[0]
+    assert any("ColTran leads with 55.0" in s and "overlaps that of BBDM" in s for s in sentences)
+    assert not any("not run" in t.markdown().lower() for t in (phase2_table(evidence), times_table(evidence), variants_table("Table III", evidence)))
+    assert "factor-0.9, lightness photograph" in variants_table("Table II", evidence).view
+    files = [save_figure(paper_figure("Figure 9", evidence), folders / str(i), "f") for i in range(2)]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+def test_what_is_left_out_is_said(folders):
+    baselines()
+    fid = column("FID", LABEL)
+    others = (1.0, dict(data=DATA | dict(fingerprint="0ddba11"), time="2030-01-01")), (2.0, dict(seed=1)), (3.0, dict(data=DATA | dict(name="else")))
+    for value, options in ((70.0, dict(time="2031-05-04", budget="a")), (80.0, dict(time="2031-05-06", budget="b")),
+                           (90.0, dict(time="2031-05-05", budget="c")), *others):
+        run("phase1", "pix2pix", "default", [dict(day=1, **scores(value))], **options)
+    run("phase1", "pix2pix", "batch32", [])
+    table = variants_table("Table I", read_evidence("smoke", "embedded", 0))
+    assert table.frame[fid].dropna().tolist() == [80, 104]
+    left = [n for n in table.notes if n.startswith("Left out")]
+    assert len(left) == 4
+    assert sum("fingerprint 0ddba1" in n for n in left) == 1 and sum("is newer" in n for n in left) == 2 and sum("not evaluated yet" in n for n in left) == 1
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("a,b,decided", [((10, 9, 11), (20, 19, 21), True), ((10, 5, 15), (14, 12, 16), False), ((10, np.nan, np.nan), (20, 19, 21), False),
+                                         ((10, 9, 12), (14, 12, 16), False), ((10, 9, 11), (20, np.nan, np.nan), False)])
+def test_verdict(a, b, decided, lower):
+    flip = (lambda s: s) if lower else lambda s: (-s[0], -s[2], -s[1])
+    for scores in itertools.permutations({"A": flip(a), "B": flip(b)}.items()):
+        found = verdict("FID", dict(scores), lower)
+        assert (found.leader, found.decided) == ("A", decided)
+        assert ("not decided" in found.sentence) == (not decided) and ("A is best" in found.sentence) == decided
+
+
+def test_verdict_needs_two():
+    assert verdict("FID", {}).sentence == "By FID: not decided, no model has runs."
+    alone = verdict("FID", {"A": (1.0, 0.5, 1.5)}, not_run=["B", "C"])
+    assert not alone.decided and "only A has runs: 1 [0.5, 1.5]. Not run: B, C." in alone.sentence
+
+
+def test_conclusion():
+    best = lambda who, decided=True: verdict("x", {who: (1, 0.9, 1.1), "other": (2, 1.9, 2.1) if decided else (1.1, 1, 1.2)})
+    assert "supported by all 3" in conclude([best("B")] * 2, best("A"), "B")
+    assert "contradicted by 1 of 3 measures: x (A is best)" in conclude([best("B"), best("A")], best("A"), "B")
+    assert "contradicted" in conclude([best("B")], best("B"), "B"), "a diffusion model that is fastest contradicts 'except speed'"
+    assert "not decided: no answer by x" in conclude([best("B"), best("B", False)], best("A"), "B")
+    assert "B was not run" in conclude([best("A")], best("A"), "B", ["B"])
+    assert "C was not run" in conclude([best("B")], best("A"), "B", ["C"])
