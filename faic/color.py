@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SRGB_FOOT', 'RGB_TO_XYZ', 'WHITE', 'F_FOOT', 'PIECE', 'GRAY_KINDS', 'TO_YUV', 'FROM_YUV', 'rgb_to_lab', 'lab_to_rgb',
-           'scale_lab', 'unscale_lab', 'scaled_ab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb', 'transfer_lightness',
+           'scale_lab', 'unscale_lab', 'scaled_lab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb', 'transfer_lightness',
            'to_uint8', 'truncate_uint8']
 
 # %% ../nbs/01_color.ipynb #985833cf
@@ -43,8 +43,8 @@ def _xyz(pixels):
     matrix = torch.tensor(RGB_TO_XYZ, dtype=torch.float64)/torch.tensor(WHITE, dtype=torch.float64)[:,None]
     return matrix.to(pixels.device, pixels.dtype if pixels.is_floating_point() else torch.float32)
 
-# %% ../nbs/01_color.ipynb #f149ac0e
-PIECE = 16384 # pixels
+# %% ../nbs/01_color.ipynb #5770b3aa
+PIECE = 32768 # pixels
 
 def _in_pieces(convert, rgb): # convert: (B,3,n) -> (B,C,n); gives (B,C,H,W)
     pixels = rgb.flatten(2)
@@ -92,15 +92,19 @@ def unscale_lab(
     "Pix2Pix's range back to Lab."
     return torch.cat([(L + 1)*50, ab*110], 1)
 
-# %% ../nbs/01_color.ipynb #f18d5d56
-def scaled_ab(
+# %% ../nbs/01_color.ipynb #aa58e9d6
+def scaled_lab(
     rgb:Tensor, # (B,3,H,W), the values of 8-bit pixels: float in [0,1] (no gradient flows), or uint8
-)->Tensor: # (B,2,H,W) in [-1,1]; what scale_lab(rgb_to_lab(rgb)) gives as ab
-    "Pix2Pix's target, of 8-bit pixels."
+)->tuple: # what scale_lab(rgb_to_lab(rgb)) gives: L (B,1,H,W) and ab (B,2,H,W)
+    "Pix2Pix's input and target, of 8-bit pixels, in one pass."
     matrix = _xyz(rgb)
-    weights = matrix.new_tensor([[500, -500, 0], [0, 200, -200]])/110
-    levels = lambda pixels: (pixels*255).round_().int() if pixels.is_floating_point() else pixels
-    return _in_pieces(lambda pixels: weights @ _response(matrix @ _linear(levels(pixels)).to(matrix)), rgb)
+    weights = matrix.new_tensor([[0, 116/50, 0], [500/110, -500/110, 0], [0, 200/110, -200/110]])
+    offset = matrix.new_tensor([-16/50 - 1, 0, 0])[:,None]
+    levels = lambda pixels: pixels.mul(255).add_(.5).int() if pixels.is_floating_point() else pixels
+    def scaled(pixels):
+        f = _response(matrix @ _linear(levels(pixels)).to(matrix))
+        return torch.baddbmm(offset, weights.expand(len(f), 3, 3), f)
+    return _in_pieces(scaled, rgb).split([1, 2], 1)
 
 # %% ../nbs/01_color.ipynb #3325c183
 GRAY_KINDS = ('lab', 'coltran', 'bbdm') # whose gray: Pix2Pix's, ColTran's, BBDM's

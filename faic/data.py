@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'Photos',
-           'LeftOut', 'read_photo', 'list_files', 'load_photos', 'enlarged', 'training_batches', 'ordered_batches']
+           'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'enlarged', 'Batch', 'training_batches',
+           'ordered_batches']
 
 # %% ../nbs/02_data.ipynb #01a1ea69
 import fcntl, hashlib, itertools, json, math, os
@@ -108,14 +109,15 @@ def _embedded(side):
     folder = runs_dir()/f'data-embedded-{side}-{fingerprint[:6]}'
     return Photos('embedded', fingerprint, side, np.stack(pixels), parts, CAUTION, credits, manifest, {}, None, folder)
 
-# %% ../nbs/02_data.ipynb #71fc54cf
+# %% ../nbs/02_data.ipynb #7e3205e0
 class LeftOut(Exception): "An image that has no obvious 8-bit RGB; the message is the reason."
 
 NOTES = {'1': 'gray', 'L': 'gray', 'LA': 'gray, alpha dropped', 'RGBA': 'alpha dropped', 'P': 'palette', 'PA': 'palette, alpha dropped'}
 
-def _to_rgb(
+def to_rgb(
     image:Image.Image, # just opened: nothing but its header was read
 )->tuple: # upright 8-bit RGB image, note on what was converted
+    "An opened image of any mode as upright 8-bit RGB; raises LeftOut where there is no obvious one."
     notes = []
     if image.format in ('EPS', 'WMF'): raise LeftOut('not an image') # drawings, which Pillow would hand to other programs
     if image.mode == 'F': raise LeftOut('floating-point pixels')
@@ -144,7 +146,7 @@ def _reason(
         return 'zero pixels' if fields and not all(any(head[a:b]) for a, b in zip(fields, fields[1:])) else 'not an image'
     return 'truncated' if 'truncated' in str(error) else f'unreadable: {type(error).__name__}'
 
-# %% ../nbs/02_data.ipynb #297a9f19
+# %% ../nbs/02_data.ipynb #eafe26c4
 def read_photo(
     path:Path, # any file
     side:int, # px
@@ -160,7 +162,7 @@ def read_photo(
             f.seek(0)
             with Image.open(f) as image:
                 size = image.size
-                rgb, note = _to_rgb(image)
+                rgb, note = to_rgb(image)
         pixels = np.asarray(rgb.resize((side, side), Image.LANCZOS))
         return pixels, _row(file, 'used', note, *size, pixels)
     except Exception as e: return None, _row(file, _reason(e, head))
@@ -311,7 +313,19 @@ def _enlarge(photos, load_side, rows, path):
         os.fsync(f.fileno())
     os.replace(partial, path)
 
-# %% ../nbs/02_data.ipynb #c979796e
+# %% ../nbs/02_data.ipynb #dcdd94ae
+class Batch(dict):
+    "index (B,) long, rgb and gray (B,3 or 1,H,W) float32 in [0,1]; gray is made when it is first asked for."
+    def __init__(self, index, pixels, gray_kind):
+        super().__init__(index=index, rgb=pixels.float().div_(255))
+        self.gray_kind = gray_kind
+
+    def __missing__(self, key):
+        if key != 'gray': raise KeyError(key)
+        self['gray'] = luma(self['rgb'], self.gray_kind)
+        return self['gray']
+
+# %% ../nbs/02_data.ipynb #64cb293f
 def _batches(
     cut, # function of a step: uint8 array (B,3,H,W), index array (B,)
     steps, # iterable of steps
@@ -324,7 +338,7 @@ def _batches(
             ready, ahead = ahead, None if step is None else pool.submit(cut, step)
             if ready is None: continue
             pixels, index = (torch.from_numpy(x).to(device) for x in ready.result())
-            yield {'index': index, 'gray': luma(pixels, gray_kind), 'rgb': pixels.float().div_(255)}
+            yield Batch(index, pixels, gray_kind)
 
 # %% ../nbs/02_data.ipynb #459f4f22
 def _epoch(n, seed, epoch, room):
@@ -333,7 +347,7 @@ def _epoch(n, seed, epoch, room):
     order, corner, mirror = torch.randperm(n, generator=g), torch.randint(room + 1, (n, 2), generator=g), torch.rand(n, generator=g) < .5
     return order.numpy(), corner.numpy(), mirror.numpy()
 
-# %% ../nbs/02_data.ipynb #02269ade
+# %% ../nbs/02_data.ipynb #db82e346
 def training_batches(
     array:np.ndarray, # uint8 (n,S,S,3), e.g. from `enlarged`
     indices:np.ndarray, # (n,): row i of array is photo indices[i]
@@ -346,6 +360,7 @@ def training_batches(
     device='cpu',
 ): # endless iterator of batches: index (B,) long, gray (B,1,crop,crop) and rgb (B,3,crop,crop) float32 in [0,1]
     "Endless random batches; the same arguments give the same batches, from any start."
+    array = np.asarray(array) # a memory map's own class makes each slice slower
     n, room = len(array), array.shape[1] - crop
     if len(indices) != n: raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
     if not 0 <= room < array.shape[1]: raise ValueError(f'crop is {crop}; expected 1 to {array.shape[1]}, the side of the array')

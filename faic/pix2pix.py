@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'unet_levels', 'unet_widths', 'normalize', 'draw_masks', '
            'init_weights', 'gan_loss', 'Pix2Pix', 'pix2pix_colorizer', 'unet_names', 'discriminator_names',
            'official_names', 'read_state', 'load_official', 'save_official', 'unet_of']
 
-# %% ../nbs/20_pix2pix.ipynb #8d54bcb2
+# %% ../nbs/20_pix2pix.ipynb #4f427c35
 import math
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .color import lab_to_rgb, rgb_to_lab, scale_lab, unscale_lab
+from .color import lab_to_rgb, scaled_lab, unscale_lab
 
 # %% ../nbs/20_pix2pix.ipynb #8e949b9c
 def unet_levels(side:int)->int: # 8 at 256, 6 at 128, 5 at 64 and below
@@ -141,7 +141,7 @@ def gan_loss(
     if mode == 'wgangp': return -logits.mean() if real else logits.mean()
     raise ValueError(f"gan mode is 'vanilla', 'lsgan' or 'wgangp', got {mode!r}")
 
-# %% ../nbs/20_pix2pix.ipynb #c1e1697d
+# %% ../nbs/20_pix2pix.ipynb #9e7cbebf
 class Pix2Pix:
     "Pix2Pix in colorization mode, ready to be trained: networks and losses."
     gray_kind = 'lab' # it colorizes Lab lightness ...
@@ -166,11 +166,11 @@ class Pix2Pix:
         return {'D': self.D, 'G': self.G}
 
     def losses(self,
-        batch:dict, # 'gray' (B,1,H,W) and 'rgb' (B,3,H,W), both in [0,1]
+        batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels
         generator:torch.Generator, # for dropout
     ):
         "Yield ('D', loss) and then ('G', loss); the part must be stepped before the next is asked for."
-        L, ab = scale_lab(rgb_to_lab(batch['rgb']))
+        L, ab = scaled_lab(batch['rgb'])
         masks = draw_masks(self.G.mask_shapes(*L.shape[-2:]), len(L), generator, self.dropout) if self.dropout else None
         return self.adversarial_losses(L, ab, masks)
 

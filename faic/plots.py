@@ -227,7 +227,7 @@ def save_table(
     for ending, text in (('csv', table.csv()), ('md', table.markdown()), ('tex', latex(table))): write_bytes(Path(folder)/f'{name}.{ending}', text.encode())
     return table
 
-# %% ../nbs/04_plots.ipynb #f1ab40c3
+# %% ../nbs/04_plots.ipynb #ac5cb710
 PAPER = 'FID, the paper' # the column of the paper's numbers
 
 def entry_rows(
@@ -245,13 +245,13 @@ def entry_rows(
     train = o.get('train', {})
     epochs = train['batch_size']/_data(run)['train'] if 'batch_size' in train and _data(run).get('train') else np.nan
     status = 'baseline' if o['model'] == 'baseline' else 'run'
-    more = {'budget': o.get('budget', ''), 'run': run.path.name}
+    more = {'variant': o.get('variant', '') if o['phase'] == 'phase2' and status == 'run' else '', 'budget': o.get('budget', ''), 'run': run.path.name}
     numbers = lambda r: r.drop('day' if status == 'baseline' else []).to_dict() | {'epochs': r.get('step', np.nan)*epochs}
     return [{'entry': n, 'status': status, PAPER: p, **numbers(r), **more} for n, r, p in rows]
 
 def _how(row, main): return ', '.join(f'{k} {row[k]}' for k in ('sampling', 'lightness') if isinstance(row.get(k), str) and row[k] != main[k]) or 'again'
 
-# %% ../nbs/04_plots.ipynb #fe9456cd
+# %% ../nbs/04_plots.ipynb #31b7d377
 def value_text(
     row, # Series or dict with the column, and ' low' and ' high'
     name:str, # column
@@ -273,12 +273,12 @@ def score_view(frame:pd.DataFrame, label:str)->pd.DataFrame: # strings, an entry
         if shown or (name == 'FID' and not label): lines[c + f', {meaning.unit}'*bool(meaning.unit)] = [value_text(r, c, meaning.format) for r in rows]
     for c, title, spec in WORK_LINES:
         if c in frame and frame[c].notna().any(): lines[title] = [value_text(r, c, spec) for r in rows]
-    for c in ('budget', 'chosen'):
+    for c in ('variant', 'budget', 'chosen'):
         if c in frame and (frame[c].fillna('') != '').any(): lines[c] = [_word(r, c) for r in rows]
     return pd.DataFrame(lines, index=frame['entry']).T
 
 WORK_LINES = (('n', 'images scored', ',.0f'), ('day', 'day', '.0f'), ('step', 'steps', ',.0f'), ('epochs', 'epochs', ',.1f'),
-              ('training_seconds', 'training, s', ',.0f'))
+              ('training_seconds', 'training, s', ',.1f'))
 
 def _word(row, c): return 'not run' if row['status'] == 'not run' else row[c] if isinstance(row[c], str) and row[c] else 'n/a'
 
@@ -500,7 +500,7 @@ def not_run_figure(title:str, footer=()):# -> matplotlib Figure
         add_footer(fig, *footer)
     return fig
 
-# %% ../nbs/04_plots.ipynb #9ca813a2
+# %% ../nbs/04_plots.ipynb #9a48c755
 def paper_figure(
     number:str, # 'Figure 4', 5, 6: a model's variants; 8, 9, 10: a model's days
     evidence:Evidence,
@@ -509,7 +509,9 @@ def paper_figure(
     "Samples of a model beside gray and ground truth, with each version's FID."
     phase, model = PAPER_FIGURES[number]
     said = [*run_notes(evidence, phase, model), *caution(evidence), footer(evidence)]
-    what = 'phase 1: the variants, validation images' if phase == 'phase1' else f'phase 2: days 1 to {days}, test images'
+    run = evidence.find('phase2', model)
+    trained = f' ({run.options["variant"]})' if run else ''
+    what = 'phase 1: the variants, validation images' if phase == 'phase1' else f'phase 2{trained}: days 1 to {days}, test images'
     title = f'{number}. {model_name(model)}, {what}'
     versions = _variant_samples(evidence, model) if phase == 'phase1' else _day_samples(evidence, model, days)
     if all(v is None for v in versions.values()): return not_run_figure(title, said)

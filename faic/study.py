@@ -10,7 +10,7 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_base
            'time_colorizer', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study', 'results_folder',
            'main']
 
-# %% ../nbs/32_study.ipynb #eb9ec38e
+# %% ../nbs/32_study.ipynb #6506fd62
 import os, sys, tempfile, time
 from pathlib import Path
 
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .core import Budget, Run, figures_dir, generator_for, open_run, progress, read_json, read_runs, repo_root, runs_dir, write_json
-from .data import Photos, enlarged, ordered_batches, _to_rgb as to_rgb
+from .data import Photos, enlarged, ordered_batches, to_rgb
 from .metrics import image_scores, summarize
+from .plots import main_rows
 from .presets import DAYS, MODELS, PAPER_WINNER, PRESETS, describe_sampling, make_colorizer, make_trainee, model_options
 from .train import Trainer, load_weights, train_day
 
@@ -104,7 +105,7 @@ def evaluate_real(photos:Photos, part:str, judge, device=torch.device('cpu'), se
     real, other = features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device)
     return dict(part=part, **summarize(None, real, None, other, judge.label, seed))
 
-# %% ../nbs/32_study.ipynb #e3168644
+# %% ../nbs/32_study.ipynb #5f925fd3
 def study_run(
     phase:str, # 'phase1' or 'phase2'
     model:str,
@@ -116,8 +117,9 @@ def study_run(
     device,
 )->Run:
     "Open the run of one variant; its parts of the data are listed in parts.npz."
-    data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side, train=len(photos.parts[TRAINING[phase]]), caution=photos.caution,
-                validation=len(photos.parts['validation']), test=len(photos.parts['test']))
+    data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side, train=len(photos.parts[TRAINING[phase]]),
+                validation=len(photos.parts['validation']), test=len(photos.parts['test']),
+                caution=photos.caution, credits=photos.credits)
     run = open_run(dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data, budget=str(budget),
                         train=model_options(model, preset, variant)), device)
     if not (run.path/'parts.npz').exists(): np.savez(run.path/'parts.npz', train=photos.parts[TRAINING[phase]], **{p: photos.parts[p] for p in OTHER})
@@ -127,10 +129,10 @@ TRAINING = {'phase1': 'train_phase1', 'phase2': 'train'} # the training part of 
 EVALUATED = {'phase1': 'validation', 'phase2': 'test'} # and the part on which it is scored
 PHASE_DAYS = {'phase1': 1, 'phase2': DAYS}
 
-# %% ../nbs/32_study.ipynb #1194e9c0
+# %% ../nbs/32_study.ipynb #d3f9ff28
 def baseline_run(phase:str, subject:str, preset:str, photos:Photos, device)->Run:
     "The run folder of a baseline ('gray' or 'real'), which is scored and never trained."
-    data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side, caution=photos.caution)
+    data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side, caution=photos.caution, credits=photos.credits)
     return open_run(dict(phase=phase, model='baseline', variant=subject, preset=preset, seed=0, data=data), device)
 
 # %% ../nbs/32_study.ipynb #25a8c496
@@ -181,16 +183,17 @@ def run_days(
         evaluate_day(run, day, train_day(trainer, day), photos, part, judge, sampling, device, trainer.step, trainer.seconds)
     return run
 
-# %% ../nbs/32_study.ipynb #99e721cb
+# %% ../nbs/32_study.ipynb #166c8dd3
 def evaluate_day(run:Run, day:int, weights:Path, photos:Photos, part:str, judge, sampling:dict, device, step:int, seconds:float):
     "Score a day's weights and add the row; for a model that makes its own lightness, score it with the photograph's as well."
     o, name = run.options, describe_sampling(sampling)
     trainee = load_weights(make_trainee(o['model'], o['train']), weights, device)
     colorize = make_colorizer(o['model'], trainee, sampling)
-    for lightness in ('photograph',) if trainee.copies_lightness else ('model', 'photograph'):
+    own, others = ('photograph', ()) if trainee.copies_lightness else ('model', ('photograph',))
+    for lightness in (own, *others):
         if evaluated(run, day=day, sampling=name, lightness=lightness): continue
-        row, samples = evaluate(colorize, photos, part, judge, trainee.gray_kind, lightness == 'photograph' and not trainee.copies_lightness, o['seed'], device)
-        keep_samples(run, f'day-{day}', samples)
+        row, samples = evaluate(colorize, photos, part, judge, trainee.gray_kind, lightness != own, o['seed'], device)
+        if lightness == own: keep_samples(run, f'day-{day}', samples)
         run.add_metrics(dict(day=day, step=step, training_seconds=round(seconds, 1), sampling=name, lightness=lightness, **row))
 
 # %% ../nbs/32_study.ipynb #1884622f
@@ -206,14 +209,14 @@ def run_baselines(phase:str, preset:str, photos:Photos, judge, device):
         keep_samples(real, 'day-1', np.asarray(photos.array)[photos.parts[part][sample_rows(len(photos.parts[part]))]])
         real.add_metrics(dict(day=1, **evaluate_real(photos, part, judge, device)))
 
-# %% ../nbs/32_study.ipynb #711f67df
+# %% ../nbs/32_study.ipynb #f9011bde
 def crown(
     runs:list, # evaluated runs of phase 1, one a variant
     label:str, # of the judge, e.g. 'EfficientNet-Lite0'
 )->dict: # variant, FID, low, high, decided, compared
     "Choose the run with the lowest paired FID and write winner.json into it (and take it out of the others)."
     column = f'FID ({label})'
-    last = {r.options['variant']: r.metrics().iloc[-1] for r in runs}
+    last = {r.options['variant']: main_rows(r).iloc[-1] for r in runs}
     ranked = sorted(last, key=lambda v: last[v][column])
     best = last[ranked[0]]
     decided = len(ranked) > 1 and bool(best[f'{column} high'] < min(last[v][f'{column} low'] for v in ranked[1:]))
@@ -312,13 +315,13 @@ def matrix_rate(device, size:int=2048, times:int=5)->float: # FLOP a second
         _synchronize(device); best = max(best, 2*size**3/(time.perf_counter() - start))
     return best
 
-# %% ../nbs/32_study.ipynb #dcf93f90
+# %% ../nbs/32_study.ipynb #cc204f68
 def time_colorizer(
     colorize, # function (gray, generators) -> rgb
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
     batch_size:int,
     images:int, # timed in all, at least; three batches at least
-)->dict: # batch_size, images, seconds_per_image (median wall), cpu_seconds_per_image
+)->dict: # batch_size, images, seconds_per_image (wall: median; low and high: fastest and slowest batch), cpu_seconds_per_image
     "Time a colorizer at one batch size, after a warm-up."
     batch = gray[torch.arange(batch_size) % len(gray)]
     generators = [generator_for(0, 'evaluate', i) for i in range(batch_size)]
@@ -329,7 +332,8 @@ def time_colorizer(
         colorize(batch, generators)
         _synchronize(batch.device); wall.append(time.perf_counter() - start)
     cpu = time.process_time() - cpu
-    return dict(batch_size=batch_size, images=len(wall)*batch_size, seconds_per_image=float(np.median(wall))/batch_size, cpu_seconds_per_image=cpu/len(wall)/batch_size)
+    seconds = {f'seconds_per_image{end}': float(f(wall))/batch_size for end, f in (('', np.median), (' low', min), (' high', max))}
+    return dict(batch_size=batch_size, images=len(wall)*batch_size, **seconds, cpu_seconds_per_image=cpu/len(wall)/batch_size)
 
 def newest_weights(model:str, preset:str, seed:int, photos:Photos): # Path, or None
     "The last day's weights of the newest phase 2 run of these photographs."
