@@ -16,7 +16,7 @@ test: .venv/ready
 	@$(PY) -m pytest tests
 
 readme: .venv/ready
-	@$(PY) -m nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+	@$(PY) -m nbconvert --to markdown --no-input --stdout nbs/index.ipynb > README.md
 
 .venv/ready: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"FAIC needs Python 3.11 or later; {sys.executable} is {sys.version.split()[0]}. Give another: make study PYTHON=python3.12")'

@@ -8,8 +8,8 @@ __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'write_bytes', 'w
            'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'Run', 'open_run', 'read_runs',
            'progress']
 
-# %% ../nbs/00_core.ipynb #a2876a24
-import ast, hashlib, json, os, platform, subprocess
+# %% ../nbs/00_core.ipynb #10909f0a
+import ast, hashlib, json, os, platform, re, subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #5ca6a66d
+# %% ../nbs/00_core.ipynb #708427b4
 def repo_root()->Path: # the folder with settings.ini; the current folder where the package is installed without it
     "The folder that everything is relative to."
-    here = Path(__file__).resolve() if '__file__' in globals() else Path.cwd()/'_'
+    try: here = Path(__file__).resolve()
+    except NameError: here = Path.cwd()/'_' # in a notebook
     return next((p for p in here.parents if (p/'settings.ini').exists()), Path.cwd())
 
-# %% ../nbs/00_core.ipynb #c49dd122
+# %% ../nbs/00_core.ipynb #737e93a7
 def runs_dir()->Path: # FAIC_RUNS, or runs/ of the repo; made if it is not there
     "Where training runs and prepared data are kept."
     return _made(os.environ.get('FAIC_RUNS') or repo_root()/'runs')
@@ -37,7 +38,8 @@ def figures_dir()->Path: # FAIC_FIGURES, or figures/ of the repo; made if it is 
 
 def _made(path):
     path = Path(path).expanduser().resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f'{path} cannot be made ({e.strerror}); name another folder with FAIC_RUNS or FAIC_FIGURES') from e
     return path
 
 # %% ../nbs/00_core.ipynb #eeb8c38e
@@ -58,8 +60,11 @@ def write_bytes(
     finally: part.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #2b26be4b
-def write_json(path:Path, value)->Path: # the same path
+# %% ../nbs/00_core.ipynb #9cba5793
+def write_json(
+    path:Path, # the file; its folder is made
+    value, # anything JSON can hold
+)->Path: # the same path
     "Write `value` as indented JSON, atomically."
     return write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + '\n').encode())
 
@@ -76,16 +81,17 @@ def short_hash(
     "The first hex digits of the SHA-256 of `value` as canonical JSON."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
-# %% ../nbs/00_core.ipynb #dc6027c2
+# %% ../nbs/00_core.ipynb #8b7d95c0
 def generator_for(
     *names, # integers and strings that name the purpose, e.g. seed, 'evaluate', index
     device='cpu', # where the numbers are drawn
 )->torch.Generator:
     "A `torch.Generator` whose seed is a hash of `names`: the same names, the same numbers, whatever ran before."
-    seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], 'little')
+    plain = tuple(n if isinstance(n, str) else int(n) for n in names) # NumPy's 3 is 3
+    seed = int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], 'little')
     return torch.Generator(device).manual_seed(seed % 2**63)
 
-# %% ../nbs/00_core.ipynb #df721baa
+# %% ../nbs/00_core.ipynb #baf2afd7
 def pick_device(
     device:str='auto', # 'auto' takes the GPU when there is one; else 'cpu', 'cuda', 'cuda:1', ...
 )->torch.device:
@@ -93,6 +99,7 @@ def pick_device(
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: chosen = torch.device(device)
     except RuntimeError as e: raise ValueError(f"device {device!r} is unknown to torch; use 'auto', 'cpu' or 'cuda'") from e
+    if chosen.type not in ('cpu', 'cuda'): raise ValueError(f"device {device!r}: this study runs on 'cpu' or 'cuda'")
     if chosen.type == 'cuda' and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} was asked for, torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use 'auto' or 'cpu'")
     return chosen
@@ -127,7 +134,7 @@ class Budget:
     def __str__(self): return f'{self.amount:g} {self.unit}'
     def __mul__(self, times): return Budget(self.amount*times, self.unit)
 
-# %% ../nbs/00_core.ipynb #e3a86425
+# %% ../nbs/00_core.ipynb #76e57a8f
 def one_of(*names:str):
     "A check: the value is one of `names`."
     def check(value):
@@ -138,12 +145,12 @@ def one_of(*names:str):
 def whole(low:int, high:int=2**31):
     "A check: a whole number from `low` to `high`."
     def check(value):
-        if isinstance(value, bool) or not str(value).lstrip('-').isdigit() or not low <= int(value) <= high:
+        if isinstance(value, bool) or not re.fullmatch(r'-?[0-9]+', str(value)) or not low <= int(value) <= high:
             raise ValueError(f'expected a whole number from {low} to {high}')
         return int(value)
     return check
 
-# %% ../nbs/00_core.ipynb #1edaadc3
+# %% ../nbs/00_core.ipynb #10dcf677
 def text(value):
     "A check: any string."
     if not isinstance(value, str): raise ValueError('expected a string')
@@ -152,14 +159,15 @@ def text(value):
 def comma_list(*names:str):
     "A check: comma-separated names, or 'all'; gives a list."
     def check(value):
-        chosen = list(names) if value == 'all' else [v.strip() for v in str(value).split(',') if v.strip()]
+        chosen = list(names) if value == 'all' else list(dict.fromkeys(v.strip() for v in str(value).split(',') if v.strip()))
         if not chosen or set(chosen) - set(names): raise ValueError(f"expected 'all' or a comma list of {', '.join(map(repr, names))}")
         return chosen
     return check
 
 def budget_or_empty(value):
     "A check: '' (the preset's own) or a budget such as '200 steps'."
-    return Budget.parse(text(value)) and value if value else ''
+    if text(value): Budget.parse(value)
+    return value
 
 # %% ../nbs/00_core.ipynb #fcec82eb
 def _injected(namespace):
@@ -225,17 +233,21 @@ class Run:
         table = pd.concat([self.metrics(), pd.DataFrame([row])], ignore_index=True)
         write_bytes(self.path/'metrics.csv', table.to_csv(index=False).encode())
 
-# %% ../nbs/00_core.ipynb #d308ab00
+# %% ../nbs/00_core.ipynb #af3c662b
 def open_run(
     options:dict, # resolved options that change results; needs 'phase', 'model', 'preset', 'seed', may have 'variant'
     device:torch.device, # recorded, not hashed: a device does not change what is asked for
+    **notes, # recorded beside the provenance, not hashed, e.g. credits
 )->Run: # the folder of exactly these options, made when it is not there
     "Open the run of these options; the same options always lead to the same folder."
     o = options
     name = '-'.join(str(x) for x in (o['phase'], o['model'], o.get('variant'), o['preset'], f"s{o['seed']}", short_hash(o)) if x is not None)
     path = runs_dir()/name
-    if not (path/'options.json').exists(): write_json(path/'options.json', dict(options, made=provenance(device)))
-    return Run(path, read_json(path/'options.json'))
+    if not (path/'options.json').exists(): write_json(path/'options.json', dict(options, made=provenance(device) | notes))
+    stored = read_json(path/'options.json')
+    differing = {k for k in stored.keys() | o.keys() if k != 'made' and stored.get(k) != o.get(k)}
+    if differing: raise ValueError(f'{path} holds other options than its name says: {", ".join(sorted(differing))} differ; move the folder away')
+    return Run(path, stored)
 
 def read_runs(
     **wanted, # options that must have this value, e.g. phase='phase1', model='pix2pix'
@@ -244,19 +256,20 @@ def read_runs(
     found = [Run(f.parent, read_json(f)) for f in sorted(runs_dir().glob('*/options.json'))]
     return [r for r in found if all(r.options.get(k) == v for k, v in wanted.items())]
 
-# %% ../nbs/00_core.ipynb #b819c9ff
+# %% ../nbs/00_core.ipynb #7b654f7d
 class progress(tqdm):
     "A tqdm bar with the time left, mirrored into the file `FAIC_PROGRESS` for whoever started this notebook."
     live = {}
 
     def display(self, msg=None, pos=None):
         shown = super().display(msg, pos)
-        self._mirror(dict(desc=self.desc.rstrip(': '), n=self.n, total=self.total))
+        self._mirror(dict(desc=self.desc.rstrip(': '), n=self.n, total=self.total, unit=self.unit))
         return shown
 
     def close(self):
+        was_open = not self.disable # tqdm closes a second time when it is deleted
         super().close()
-        self._mirror(None)
+        if was_open: self._mirror(None)
 
     def _mirror(self, state):
         mirror, depth = os.environ.get('FAIC_PROGRESS'), getattr(self, '_depth', None)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'Photos',
-           'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'enlarged', 'Batch', 'training_batches',
-           'ordered_batches']
+           'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'describe', 'enlarged', 'Batch',
+           'training_batches', 'ordered_batches']
 
-# %% ../nbs/02_data.ipynb #01a1ea69
-import fcntl, hashlib, itertools, json, math, os
+# %% ../nbs/02_data.ipynb #1a4ebce1
+import errno, fcntl, hashlib, itertools, json, math, os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .color import GRAY_KINDS, luma
 from .core import generator_for, progress, runs_dir, short_hash, write_bytes
 
-# %% ../nbs/02_data.ipynb #62b1889f
+# %% ../nbs/02_data.ipynb #386f4dcb
 @dataclass
 class Photos:
     "A prepared set of photographs, split into parts."
@@ -34,7 +34,7 @@ class Photos:
     parts:dict # 'train', 'train_phase1', 'validation', 'test' -> int64 rows of `array`, ascending and without gaps
     caution:str # a sentence that must stand beside results, or ''
     credits:str # photographs and licences, or ''
-    manifest:pd.DataFrame # a row a file (or crop): file, status, note, width, height, gray, sha256, row
+    manifest:pd.DataFrame # a row a file (or crop): file, status, note, width, height, filter of the resize, gray, sha256, row
     left_out:dict # reason -> how many files
     source:list # paths of the photographs, a path a row of `array`; None for the embedded ones
     folder:Path # where its prepared arrays are kept
@@ -86,11 +86,11 @@ def _crops(package, file, sizes):
         boxes += [(left, top, left + s, top + s) for top in tops for left in lefts]
     return photo, boxes
 
-# %% ../nbs/02_data.ipynb #4c6c1ac0
+# %% ../nbs/02_data.ipynb #c2f81b14
 def _row(file, status, note='', width=0, height=0, pixels=None):
     "A line of the manifest."
-    if pixels is None: return dict(file=file, status=status, note=note, width=width, height=height, gray=False, sha256='')
-    return dict(file=file, status=status, note=note, width=width, height=height, sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
+    if pixels is None: return dict(file=file, status=status, note=note, width=width, height=height, filter='', gray=False, sha256='')
+    return dict(file=file, status=status, note=note, width=width, height=height, filter=FILTER, sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
                 gray=bool((pixels == pixels[..., :1]).all()))
 
 # %% ../nbs/02_data.ipynb #54e62ef3
@@ -146,7 +146,7 @@ def _reason(
         return 'zero pixels' if fields and not all(any(head[a:b]) for a, b in zip(fields, fields[1:])) else 'not an image'
     return 'truncated' if 'truncated' in str(error) else f'unreadable: {type(error).__name__}'
 
-# %% ../nbs/02_data.ipynb #eafe26c4
+# %% ../nbs/02_data.ipynb #1377a0c1
 def read_photo(
     path:Path, # any file
     side:int, # px
@@ -163,9 +163,12 @@ def read_photo(
             with Image.open(f) as image:
                 size = image.size
                 rgb, note = to_rgb(image)
-        pixels = np.asarray(rgb.resize((side, side), Image.LANCZOS))
+        pixels = np.asarray(rgb.resize((side, side), Image.Resampling[FILTER]))
         return pixels, _row(file, 'used', note, *size, pixels)
-    except Exception as e: return None, _row(file, _reason(e, head))
+    except MemoryError: raise # not the file's fault
+    except Exception as e:
+        if getattr(e, 'errno', None) in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE): raise # nor is this: try again later
+        return None, _row(file, _reason(e, head))
 
 # %% ../nbs/02_data.ipynb #3990b410
 def list_files(
@@ -248,7 +251,7 @@ def _prepare(
     write_bytes(folder/'manifest.csv', pd.DataFrame(rows).to_csv(index=False).encode(errors='surrogateescape'))
     (folder/'manifest.jsonl').unlink()
 
-# %% ../nbs/02_data.ipynb #2836e851
+# %% ../nbs/02_data.ipynb #eb58fd05
 def load_photos(
     data:str='embedded', # 'embedded', or a folder of images
     side:int=64, # px; photographs are resized to side x side, the aspect is not kept
@@ -261,10 +264,12 @@ def load_photos(
     if not root.is_dir():
         found = 'a file' if root.is_file() else 'nothing'
         raise ValueError(f"data = {str(data)!r}: expected 'embedded' or a folder of images, found {found} at {root}")
+    if root.name == 'embedded': raise ValueError(f"{root}: the name 'embedded' stands for the photographs inside packages; rename the folder")
     files = list_files(root)
     folder = runs_dir()/f'data-{root.name}-{side}-{short_hash([side, FILTER, files])}'
-    with _locked(folder):
-        if not (folder/'manifest.csv').exists(): _prepare(root, files, folder, side)
+    if not (folder/'manifest.csv').exists():
+        with _locked(folder):
+            if not (folder/'manifest.csv').exists(): _prepare(root, files, folder, side) # another process may have been quicker
     manifest = _read_manifest(folder/'manifest.csv')
     return _from_folder(root, folder, manifest, side, paper_split)
 
@@ -286,7 +291,14 @@ def _from_folder(root, folder, manifest, side, paper_split):
     source = [root/f for f in used['file']]
     return Photos(root.name, _fingerprint(side, used['sha256'], parts), side, array, parts, '', '', manifest, left_out, source, folder)
 
-# %% ../nbs/02_data.ipynb #cf032b8e
+# %% ../nbs/02_data.ipynb #69846a84
+def describe(photos:Photos)->str:
+    "Name, size, parts and left-out files of a set, in a sentence."
+    parts = ', '.join(f'{len(rows)} {part}' for part, rows in photos.parts.items())
+    why = ', '.join(f'{n} {reason}' for reason, n in photos.left_out.items())
+    return f'{photos.name}, {photos.side}x{photos.side}: {parts}' + (f'; left out: {why} (see {photos.folder.name}/manifest.csv)' if why else '')
+
+# %% ../nbs/02_data.ipynb #199a69ea
 def enlarged(
     photos:Photos,
     load_side:int, # px, at least photos.side
@@ -298,8 +310,9 @@ def enlarged(
     if load_side < photos.side: raise ValueError(f'load_side is {load_side}; expected at least the photographs\' side, {photos.side}')
     whole = 'train' if part == 'train_phase1' else part
     path = photos.folder/f'{whole}-{load_side}-{photos.fingerprint[:6]}.u8'
-    with _locked(photos.folder):
-        if not path.exists(): _enlarge(photos, load_side, photos.parts[whole], path)
+    if not path.exists():
+        with _locked(photos.folder):
+            if not path.exists(): _enlarge(photos, load_side, photos.parts[whole], path)
     return np.memmap(path, np.uint8, 'r', shape=(len(photos.parts[whole]), load_side, load_side, 3))[:len(rows)]
 
 def _enlarge(photos, load_side, rows, path):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .color import lab_to_rgb, scaled_lab, unscale_lab
 
-# %% ../nbs/20_pix2pix.ipynb #8e949b9c
+# %% ../nbs/20_pix2pix.ipynb #2f54911f
 def unet_levels(side:int)->int: # 8 at 256, 6 at 128, 5 at 64 and below
-    "How often a U-Net for this side halves it: to 1x1 at the published 256, to 2x2 below."
+    "How often a U-Net for this side halves it: to 1x1 at the published 256, to 2x2 at 128 and 64; never fewer than 5 times, nor more than 8."
     return 8 if side >= 256 else max(5, int(math.log2(side)) - 1)
 
 def unet_widths(
-    width:int, # channels of the outermost level, 64 in the paper
+    width:int, # channels of the outermost level, 64 as published
     levels:int,
 )->list: # channels of each level's encoder output, outermost first
     "Widths double from level to level, up to eight times the first."

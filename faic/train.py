@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'half_then_linear', 'official_linear', 'make_optimizer', 'CollapseWatch', 'TrainingStopped', 'Trainer',
-           'learning_rate_factor', 'train_step', 'look', 'json_step', 'train_day', 'final', 'save_checkpoint',
-           'load_checkpoint', 'load_weights']
+           'learning_rate_factor', 'train_step', 'look', 'saved_step', 'train_day', 'final', 'save_checkpoint',
+           'load_checkpoint', 'load_weights', 'work_done']
 
-# %% ../nbs/30_train.ipynb #0fb6b90d
+# %% ../nbs/30_train.ipynb #cde714cb
 import io, json, math, time
 from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .core import Budget, Run, generator_for, progress, write_bytes
 from .data import training_batches
 
-# %% ../nbs/30_train.ipynb #cf2534bb
+# %% ../nbs/30_train.ipynb #e52cad74
 def half_then_linear(
     fraction:float, # of the budget that is used, 0 to 1
 )->float: # factor of the learning rate, 0 to 1
@@ -32,7 +33,7 @@ def official_linear(
     n_epochs_decay:int=100, # epochs of decay
 )->float: # factor of the learning rate, 0 to 1
     "The official Pix2Pix schedule (policy 'linear'): the rate used during an epoch."
-    return 1 - max(0, epoch + 1 - n_epochs)/(n_epochs_decay + 1)
+    return max(0., 1 - max(0, epoch + 1 - n_epochs)/(n_epochs_decay + 1))
 
 # %% ../nbs/30_train.ipynb #61a21028
 def make_optimizer(
@@ -71,7 +72,7 @@ class TrainingStopped(RuntimeError):
 
 LOOK = 25 # steps between two looks at the losses
 
-# %% ../nbs/30_train.ipynb #a4164293
+# %% ../nbs/30_train.ipynb #d93e6a5f
 class Trainer:
     "Trains one trainee within one run folder; made again with the same arguments, it continues."
     def __init__(self,
@@ -83,7 +84,7 @@ class Trainer:
         options:dict, # batch_size, optimizer, lr, ..., schedule, crop, flip, ema, seed
         days:int=1, # parts of equal budget
         device=torch.device('cpu'),
-        save_minutes:float=10, # between checkpoints, beside those at the end of a day
+        save_minutes:float=5, # between checkpoints, beside those at the end of a day
     ):
         self.trainee, self.run, self.array, self.indices = trainee, run, array, indices
         self.budget, self.options, self.days, self.device, self.save_minutes = budget, options, days, device, save_minutes
@@ -96,7 +97,11 @@ class Trainer:
         self.watch = CollapseWatch()
         self.step, self.seconds, self.unseen, self.saved_at, self.logged_at = 0, 0., [], 0., -1.
         self.epoch_length = math.ceil(len(indices)/options['batch_size'])
-        if self.checkpoint.exists(): self.load()
+        if self.checkpoint.exists(): load_checkpoint(self)
+        elif (done := sum(self.day_weights(d).exists() for d in range(1, days + 1))) == days: pass # nothing is left to train
+        elif done:
+            raise TrainingStopped(f'{run.path} has finished days but no {self.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
+        else: (run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
 
     @property
     def checkpoint(self): return self.run.path/'last.pt'
@@ -135,7 +140,7 @@ def train_step(trainer:Trainer, batch:dict)->dict: # part -> loss, still tensors
         for name, average in trainer.ema.items(): average.update_parameters(trainer.parts[name])
     return losses | getattr(trainer.trainee, 'terms', {})
 
-# %% ../nbs/30_train.ipynb #e6560042
+# %% ../nbs/30_train.ipynb #22309733
 def look(trainer:Trainer):
     "Check, watch and log the steps since the last look; raise `TrainingStopped` on a loss that is not finite."
     if not trainer.unseen: return
@@ -146,7 +151,7 @@ def look(trainer:Trainer):
     for step, fraction, row in zip(steps, fractions, values):
         bad = [n for n, v in zip(names, row) if not math.isfinite(v)]
         if bad:
-            kept = f'{trainer.checkpoint.name}, step {json_step(trainer)}' if trainer.checkpoint.exists() else 'none yet'
+            kept = f'{trainer.checkpoint.name}, step {saved_step(trainer)}' if trainer.checkpoint.exists() else 'none yet'
             message = f'step {step}: loss {", ".join(bad)} is not finite; last good checkpoint: {kept}. A lower lr is the usual remedy.'
             trainer.run.log(event='not finite', step=step, losses=bad)
             raise TrainingStopped(message)
@@ -161,11 +166,11 @@ def look(trainer:Trainer):
         trainer.run.log(step=trainer.step, fraction=round(trainer.fraction, 5), seconds=round(trainer.seconds, 2),
                         epoch=trainer.step/trainer.epoch_length, **{n: round(m, 6) for n, m in zip(names, mean)})
 
-def json_step(trainer:Trainer)->int:
+def saved_step(trainer:Trainer)->int:
     "The step of the checkpoint on disk."
     return torch.load(trainer.checkpoint, map_location='cpu', weights_only=True)['step']
 
-# %% ../nbs/30_train.ipynb #a91a0e98
+# %% ../nbs/30_train.ipynb #faf89682
 def train_day(
     trainer:Trainer,
     day:int, # 1 ... days
@@ -189,7 +194,7 @@ def train_day(
         if done or len(trainer.unseen) >= LOOK:
             look(trainer)
             bar.update(min(used(), whole_budget*target) - first - bar.n)
-            if trainer.seconds - trainer.saved_at >= 60*trainer.save_minutes: trainer.save()
+            if trainer.seconds - trainer.saved_at >= 60*trainer.save_minutes: save_checkpoint(trainer)
         if done: engine.terminate()
 
     if trainer.fraction < target - 1e-12:
@@ -198,15 +203,15 @@ def train_day(
         with progress(total=round(whole_budget*target - first), desc=f'{trainer.run.path.name} day {day}', unit='s' if hours else 'step', leave=False) as bar:
             engine.run(batches, max_epochs=1, epoch_length=2**31)
         batches.close()
-    trainer.save()
+    save_checkpoint(trainer)
     weights = {f'{n}.{k}': v.contiguous() for n, p in trainer.parts.items() for k, v in final(trainer, n, p).state_dict().items()}
-    return write_bytes(trainer.day_weights(day), save(weights))
+    return write_bytes(trainer.day_weights(day), save(weights, metadata=dict(step=str(trainer.step), seconds=f'{trainer.seconds:.1f}')))
 
 def final(trainer:Trainer, name:str, part):
-    "The network that is evaluated: the average where there is one, else the part itself."
-    return trainer.ema[name].module if trainer.ema else part
+    "The network that is evaluated: the average of its weights where one was made, else the part itself."
+    return trainer.ema[name].module if trainer.ema and trainer.ema[name].n_averaged else part
 
-# %% ../nbs/30_train.ipynb #6a820567
+# %% ../nbs/30_train.ipynb #e162fafa
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -221,17 +226,17 @@ def save_checkpoint(trainer:Trainer):
 def load_checkpoint(trainer:Trainer):
     "Go back to the state in last.pt; log lines of later steps are removed, as those steps are made again."
     t = trainer
-    try: state = torch.load(t.checkpoint, map_location=t.device, weights_only=True)
-    except Exception as e: raise TrainingStopped(f'{t.checkpoint} cannot be read ({type(e).__name__}); delete it to train this run again from the start') from e
+    try: state = torch.load(t.checkpoint, map_location='cpu', weights_only=True)
+    except OSError: raise
+    except Exception as e:
+        raise TrainingStopped(f'{t.checkpoint} is damaged ({type(e).__name__}); restore it from a copy, or move {t.run.path} away to train from the start') from e
     for n, p in t.parts.items(): p.load_state_dict(state['parts'][n])
     for n, o in t.optimizers.items(): o.load_state_dict(state['optimizers'][n])
     for n, e in t.ema.items(): e.load_state_dict(state['ema'][n])
-    t.generator.set_state(state['generator'].cpu())
+    t.generator.set_state(state['generator'])
     t.step, t.seconds, t.logged_at, t.watch.state, t.saved_at = state['step'], state['seconds'], state['logged_at'], state['watch'], state['seconds']
     kept = [e for e in t.run.events() if e.get('step', 0) <= t.step]
     write_bytes(t.run.path/'log.jsonl', ''.join(json.dumps(e) + '\n' for e in kept).encode())
-
-Trainer.save, Trainer.load = save_checkpoint, load_checkpoint
 
 # %% ../nbs/30_train.ipynb #aaa50908
 def load_weights(
@@ -245,3 +250,11 @@ def load_weights(
         part.load_state_dict({k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')})
         part.to(device).eval()
     return trainee
+
+# %% ../nbs/30_train.ipynb #73a4b08a
+def work_done(
+    path:Path, # day-<d>.safetensors
+)->dict: # step, training_seconds
+    "How much training is behind a day's weights."
+    with safe_open(path, 'pt') as f: done = f.metadata()
+    return dict(step=int(done['step']), training_seconds=float(done['seconds']))

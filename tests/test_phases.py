@@ -14,6 +14,7 @@ from PIL import Image
 
 from faic.core import read_runs, runs_dir
 from faic.data import load_photos
+from faic.plots import main_rows
 from faic.study import refuse_other_data
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -86,6 +87,17 @@ def test_what_is_done_is_not_done_again(phase2, tmp_path):
     assert before == {f: f.stat().st_mtime_ns for f in run.path.rglob("*") if f.name != "last.pt"}
 
 
+def test_another_sampling_is_a_row_of_its_own(phase2, tmp_path):
+    (run,) = read_runs(phase="phase2", model="pix2pix")
+    pictures = {f: f.read_bytes() for f in run.path.glob("samples/*")}
+    done = papermill("phase2", tmp_path, model="pix2pix", batch_norm="running", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = run.metrics().groupby("sampling")["step"].apply(list).to_dict()
+    assert steps == {"batch_norm=image": [3, 6, 9, 12, 15], "batch_norm=running": [3, 6, 9, 12, 15]}
+    assert main_rows(run)["sampling"].unique().tolist() == ["batch_norm=image"], "the tables use what the study uses"
+    assert all(f.read_bytes() == content for f, content in pictures.items())
+
+
 def test_killed_and_started_again_it_ends_the_same(phase2, tmp_path, monkeypatch):
     """SIGKILL after the second day, in a second folder of runs; then the same command."""
     (whole,) = read_runs(phase="phase2", model="pix2pix")
@@ -104,9 +116,23 @@ def test_killed_and_started_again_it_ends_the_same(phase2, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     assert killed.path.name == whole.path.name
     same = [c for c in whole.metrics() if "seconds" not in c]
-    pd.testing.assert_frame_equal(killed.metrics()[same], whole.metrics()[same], check_exact=True)
+    wanted = main_rows(whole)[same].reset_index(drop=True)
+    pd.testing.assert_frame_equal(killed.metrics()[same], wanted, check_exact=True)
     for day in range(1, 6):
         assert (killed.path / f"day-{day}.safetensors").read_bytes() == (whole.path / f"day-{day}.safetensors").read_bytes(), day
+
+
+def test_a_folder_of_41_photographs_is_enough(tmp_path, monkeypatch):
+    """Two validation images: no intervals, and nothing breaks."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    noise = np.random.default_rng(0)
+    (tmp_path / "few").mkdir()
+    for i in range(41):
+        Image.fromarray(noise.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(tmp_path / "few" / f"{i}.png")
+    done = papermill("phase1", tmp_path, data=tmp_path / "few", variants="default,beta1-0.7", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "too few images for intervals" in printed(tmp_path)
+    assert "37 train, 2 validation, 2 test" in printed(tmp_path)
 
 
 def test_inference_time(phase2, tmp_path):

@@ -9,11 +9,11 @@ import pytest
 from faic.core import open_run, pick_device, repo_root, write_json
 from faic.metrics import METRICS, column
 from faic.plots import PAPER_TABLES, conclude, hypothesis_sentences, paper_figure, phase2_table, read_evidence
-from faic.plots import save_figure, times_table, variants_table, verdict
+from faic.plots import sample_file, save_figure, times_table, variants_table, verdict
 
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
-DATA = dict(name="embedded", fingerprint="f00dfacade", side=8, caution=CAUTION, credits="Photographs: noise.")
+DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
 FILES = [f"{t}.{e}" for t in ("table1", "table2", "table3", "table4", "table_phase2") for e in ("csv", "md", "tex")]
 FILES += [f"figure{n}.{e}" for n in range(4, 11) for e in ("png", "pdf")] + ["hypothesis.md"]
 
@@ -29,12 +29,12 @@ def run(phase, model, variant, rows, data=DATA, time="2031-05-05T12:00:00", seed
     """A run folder as the study writes it: options, rows of metrics, noise as samples."""
     options = dict(phase=phase, model=model, preset="smoke", seed=seed, data=data, **options) | ({"variant": variant} if variant else {})
     made = open_run(options, pick_device("cpu"))
-    write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus")))
+    write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus", caution=CAUTION, credits="Photographs: noise.")))
     (made.path / "samples").mkdir(exist_ok=True)
     for row in rows:
         made.add_metrics(row)
         if "day" in row:
-            np.save(made.path / "samples" / f"day-{row['day']}.npy", np.random.default_rng(row["day"]).integers(0, 256, (8, 8, 8, 3), np.uint8))
+            np.save(sample_file(made, row["day"], row.get("sampling", "")), np.random.default_rng(row["day"]).integers(0, 256, (8, 8, 8, 3), np.uint8))
     return made
 
 
@@ -91,7 +91,7 @@ def test_nothing_was_run(folders):
 def test_pix2pix_alone(folders):
     baselines()
     model_runs("pix2pix", 80.0)
-    files = execute(folders, preset="smoke", data="/somewhere/else/embedded", seed="0")
+    files = execute(folders, preset="smoke", data="embedded", seed="0")
     assert sorted(files) == sorted(FILES)
     text = files["table1.md"].read_text()
     for said in ("80.0 [78.0, 82.0]", "| FID, the paper | 16.33 | 27.53 | 17.87 | 18.30 |", "winner, undecided", "inside the intervals", "grouped jackknife",
