@@ -81,13 +81,13 @@ def short_hash(
     "The first hex digits of the SHA-256 of `value` as canonical JSON."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
-# %% ../nbs/00_core.ipynb #8b7d95c0
+# %% ../nbs/00_core.ipynb #8c57fed6
 def generator_for(
     *names, # integers and strings that name the purpose, e.g. seed, 'evaluate', index
     device='cpu', # where the numbers are drawn
 )->torch.Generator:
     "A `torch.Generator` whose seed is a hash of `names`: the same names, the same numbers, whatever ran before."
-    plain = tuple(n if isinstance(n, str) else int(n) for n in names) # NumPy's 3 is 3
+    plain = tuple(n.item() if hasattr(n, 'item') else n for n in names) # NumPy's 3 is 3
     seed = int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], 'little')
     return torch.Generator(device).manual_seed(seed % 2**63)
 

@@ -7,8 +7,9 @@ __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'N
            'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'describe', 'enlarged', 'Batch',
            'training_batches', 'ordered_batches']
 
-# %% ../nbs/02_data.ipynb #1a4ebce1
+# %% ../nbs/02_data.ipynb #7f977ac9
 import errno, fcntl, hashlib, itertools, json, math, os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -326,17 +327,23 @@ def _enlarge(photos, load_side, rows, path):
         os.fsync(f.fileno())
     os.replace(partial, path)
 
-# %% ../nbs/02_data.ipynb #dcdd94ae
-class Batch(dict):
-    "index (B,) long, rgb and gray (B,3 or 1,H,W) float32 in [0,1]; gray is made when it is first asked for."
-    def __init__(self, index, pixels, gray_kind):
-        super().__init__(index=index, rgb=pixels.float().div_(255))
-        self.gray_kind = gray_kind
+# %% ../nbs/02_data.ipynb #52c8a552
+class Batch(Mapping):
+    "index (B,) long; gray (B,1,H,W) and rgb (B,3,H,W) float32 in [0,1]; gray is made when it is first asked for."
+    def __init__(self,
+        index, # (B,) long
+        pixels, # (B,3,H,W) uint8
+        gray_kind:str, # one of GRAY_KINDS
+    ):
+        self._gray_kind = gray_kind
+        self._made = dict(index=index, gray=None, rgb=pixels.float().div_(255))
 
-    def __missing__(self, key):
-        if key != 'gray': raise KeyError(key)
-        self['gray'] = luma(self['rgb'], self.gray_kind)
-        return self['gray']
+    def __getitem__(self, key):
+        if key == 'gray' and self._made[key] is None: self._made[key] = luma(self._made['rgb'].mul(255).round_().to(torch.uint8), self._gray_kind)
+        return self._made[key]
+
+    def __iter__(self): return iter(self._made)
+    def __len__(self): return len(self._made)
 
 # %% ../nbs/02_data.ipynb #64cb293f
 def _batches(
@@ -360,7 +367,7 @@ def _epoch(n, seed, epoch, room):
     order, corner, mirror = torch.randperm(n, generator=g), torch.randint(room + 1, (n, 2), generator=g), torch.rand(n, generator=g) < .5
     return order.numpy(), corner.numpy(), mirror.numpy()
 
-# %% ../nbs/02_data.ipynb #db82e346
+# %% ../nbs/02_data.ipynb #86e4b440
 def training_batches(
     array:np.ndarray, # uint8 (n,S,S,3), e.g. from `enlarged`
     indices:np.ndarray, # (n,): row i of array is photo indices[i]
@@ -373,7 +380,7 @@ def training_batches(
     device='cpu',
 ): # endless iterator of batches: index (B,) long, gray (B,1,crop,crop) and rgb (B,3,crop,crop) float32 in [0,1]
     "Endless random batches; the same arguments give the same batches, from any start."
-    array = np.asarray(array) # a memory map's own class makes each slice slower
+    if isinstance(array, np.memmap): array = array.view(np.ndarray) # its own class makes each slice slower
     n, room = len(array), array.shape[1] - crop
     if len(indices) != n: raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
     if not 0 <= room < array.shape[1]: raise ValueError(f'crop is {crop}; expected 1 to {array.shape[1]}, the side of the array')

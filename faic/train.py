@@ -211,7 +211,7 @@ def final(trainer:Trainer, name:str, part):
     "The network that is evaluated: the average of its weights where one was made, else the part itself."
     return trainer.ema[name].module if trainer.ema and trainer.ema[name].n_averaged else part
 
-# %% ../nbs/30_train.ipynb #e162fafa
+# %% ../nbs/30_train.ipynb #3b565c35
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -235,8 +235,9 @@ def load_checkpoint(trainer:Trainer):
     for n, e in t.ema.items(): e.load_state_dict(state['ema'][n])
     t.generator.set_state(state['generator'])
     t.step, t.seconds, t.logged_at, t.watch.state, t.saved_at = state['step'], state['seconds'], state['logged_at'], state['watch'], state['seconds']
-    kept = [e for e in t.run.events() if e.get('step', 0) <= t.step]
-    write_bytes(t.run.path/'log.jsonl', ''.join(json.dumps(e) + '\n' for e in kept).encode())
+    log, kept = t.run.path/'log.jsonl', [e for e in t.run.events() if e.get('step', 0) <= t.step]
+    lines = ''.join(json.dumps(e) + '\n' for e in kept)
+    if log.exists() and log.read_text() != lines: write_bytes(log, lines.encode()) # a half-written last line goes, too
 
 # %% ../nbs/30_train.ipynb #aaa50908
 def load_weights(
