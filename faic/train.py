@@ -35,13 +35,13 @@ def official_linear(
     "The official Pix2Pix schedule (policy 'linear'): the rate used during an epoch."
     return max(0., 1 - max(0, epoch + 1 - n_epochs)/(n_epochs_decay + 1))
 
-# %% ../nbs/30_train.ipynb #61a21028
+# %% ../nbs/30_train.ipynb #ac2e230f
 def make_optimizer(
     parameters, # of one part
     options:dict, # 'optimizer' ('adam' or 'rmsprop'), 'lr', and for Adam 'beta1', 'beta2'
 )->torch.optim.Optimizer:
     "The optimizer of one part."
-    if options['optimizer'] == 'adam': return torch.optim.Adam(parameters, lr=options['lr'], betas=(options['beta1'], options['beta2']))
+    if options['optimizer'] == 'adam': return torch.optim.Adam(parameters, lr=options['lr'], betas=(options['beta1'], options['beta2']), fused=True)
     if options['optimizer'] == 'rmsprop': return torch.optim.RMSprop(parameters, lr=options['lr'], alpha=.9, eps=1e-7)
     raise ValueError(f"optimizer is 'adam' or 'rmsprop', got {options['optimizer']!r}")
 
