@@ -401,12 +401,12 @@ def _mirrored(file): # (fraction of the notebook that is done, the innermost bar
     for b in reversed(bars[first:]): fraction = min(1., (b['n'] + fraction)/b['total'])
     return fraction, bars[-1] if bars else None
 
-# %% ../nbs/32_study.ipynb #9a4df7cf
+# %% ../nbs/32_study.ipynb #a10097c6
 class Terminal:
     "Two bars on the terminal: the study, and the part of it that is running. In a log file, a line each every 15 seconds."
     def __init__(self, mirror:Path, total:float):
         self.mirror, self.done, self.weight, self.name, self.shown = mirror, 0., 0., '', 0.
-        self.study = tqdm(total=total, desc='study', bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}', position=0)
+        self.study = tqdm(total=total, desc='study: ', bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}', position=0)
         self.part = tqdm(total=1, desc='starting', bar_format='{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {elapsed}<{remaining}', position=1, leave=False)
 
     def refresh(self):
@@ -441,7 +441,7 @@ class Terminal:
         self.part.close()
         self.study.close()
 
-# %% ../nbs/32_study.ipynb #527d67dc
+# %% ../nbs/32_study.ipynb #16db3ad3
 def run_notebook(
     name:str, # e.g. 'phase1'
     parameters:dict, # papermill parameters
@@ -454,7 +454,8 @@ def run_notebook(
     os.environ.update(environment)
     mirror.unlink(missing_ok=True)
     out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model',) if k in parameters))]) + '.ipynb')
-    try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3')
+    try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
+                                     extra_arguments=['--IPKernelApp.log_level=ERROR']) # its warnings would run into the bars
     except papermill.PapermillExecutionError as e: raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
     finally:
         for k in environment: os.environ.pop(k, None)

@@ -170,7 +170,7 @@ def saved_step(trainer:Trainer)->int:
     "The step of the checkpoint on disk."
     return torch.load(trainer.checkpoint, map_location='cpu', weights_only=True)['step']
 
-# %% ../nbs/30_train.ipynb #faf89682
+# %% ../nbs/30_train.ipynb #de1ad0a0
 def train_day(
     trainer:Trainer,
     day:int, # 1 ... days
@@ -200,7 +200,7 @@ def train_day(
     if trainer.fraction < target - 1e-12:
         batches = training_batches(trainer.array, trainer.indices, o['batch_size'], o['seed'], o['crop'], flip=o['flip'],
                                    gray_kind=trainer.trainee.gray_kind, start_step=trainer.step, device=trainer.device)
-        with progress(total=round(whole_budget*target - first), desc=f'{trainer.run.path.name} day {day}', unit='s' if hours else 'step', leave=False) as bar:
+        with progress(total=round(whole_budget*target - first), desc=f"{trainer.run.options.get('variant', trainer.run.options['model'])}, day {day}", unit='s' if hours else 'step', leave=False) as bar:
             engine.run(batches, max_epochs=1, epoch_length=2**31)
         batches.close()
     save_checkpoint(trainer)
