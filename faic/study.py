@@ -491,7 +491,7 @@ def results_folder(preset:str, data:str)->Path: # figures/<preset>[-<data name>]
     "Where the tables and figures of a preset and a data set lie."
     return figures_dir()/(preset if data == 'embedded' else f'{preset}-{data_name(data)}')
 
-# %% ../nbs/32_study.ipynb #15a17446
+# %% ../nbs/32_study.ipynb #5d22c7d5
 def main():
     "The command line: python -m faic.study [--preset smoke] [--data embedded] [--models pix2pix] [--seed 0] [--budget '']"
     a = argparse.ArgumentParser(prog='python -m faic.study', description='Run the whole study and write its tables and figures.')
@@ -502,7 +502,8 @@ def main():
     a.add_argument('--budget', default='', help="of a variant and of a day, e.g. '200 steps', '0.5 hours'; default: the preset's")
     o = a.parse_args()
     began = time.monotonic()
-    folder = run_study(o.preset, o.data, o.models.split(','), o.seed, o.budget)
+    try: folder = run_study(o.preset, o.data, o.models.split(','), o.seed, o.budget)
+    except KeyboardInterrupt: raise SystemExit('\nStopped. The same command goes on from the last checkpoint.') from None
     print(f'\nThe study took {time.monotonic() - began:.0f} s. Tables and figures: {folder}')
     for f in sorted(folder.glob('*')): print(' ', f.name)
 
