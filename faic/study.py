@@ -97,8 +97,14 @@ def evaluate(
     row = summarize(per_image, answer, features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device), judge.label, seed)
     return dict(part=part, **row, evaluation_seconds=round(time.monotonic() - began, 2)), np.stack(samples)
 
-# %% ../nbs/32_study.ipynb #e00997ea
-def evaluate_real(photos:Photos, part:str, judge, device=torch.device('cpu'), seed:int=0)->dict: # row for metrics.csv
+# %% ../nbs/32_study.ipynb #689e10a5
+def evaluate_real(
+    photos:Photos,
+    part:str, # 'validation' or 'test'
+    judge, # feature network of faic.metrics
+    device=torch.device('cpu'),
+    seed:int=0, # of the intervals
+)->dict: # row for metrics.csv
     "Score the photographs themselves against the other part's."
     real, other = features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device)
     return dict(part=part, **summarize(None, real, None, other, judge.label, seed))
@@ -132,14 +138,23 @@ TRAINING = {'phase1': 'train_phase1', 'phase2': 'train'} # the training part of 
 EVALUATED = {'phase1': 'validation', 'phase2': 'test'} # and the part on which it is scored
 PHASE_DAYS = {'phase1': 1, 'phase2': DAYS}
 
-# %% ../nbs/32_study.ipynb #029a0b6f
-def baseline_run(phase:str, subject:str, preset:str, photos:Photos, device)->Run:
+# %% ../nbs/32_study.ipynb #005fec84
+def baseline_run(
+    phase:str, # 'phase1' or 'phase2'
+    subject:str, # 'gray' or 'real'
+    preset:str,
+    photos:Photos,
+    device,
+)->Run:
     "The run folder of a baseline ('gray' or 'real'), which is scored and never trained."
     data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side)
     return open_run(dict(phase=phase, model='baseline', variant=subject, preset=preset, seed=0, data=data), device, **said_with(photos))
 
-# %% ../nbs/32_study.ipynb #25a8c496
-def refuse_other_data(run:Run, photos:Photos):
+# %% ../nbs/32_study.ipynb #714606ac
+def refuse_other_data(
+    run:Run, # trained before
+    photos:Photos, # to be scored on
+):
     "Raise ValueError when these are not the photographs that the run was made with."
     made, found = run.options['data'], dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side)
     differing = {k: (made[k], found[k]) for k in ('fingerprint', 'side') if made[k] != found[k]}
@@ -206,8 +221,14 @@ def evaluate_day(
         if lightness == own: keep_samples(run, samples, day, name)
         run.add_metrics(dict(day=day, **work_done(weights), sampling=name, lightness=lightness, **row))
 
-# %% ../nbs/32_study.ipynb #1b9c16cb
-def run_baselines(phase:str, preset:str, photos:Photos, judge, device):
+# %% ../nbs/32_study.ipynb #314ef624
+def run_baselines(
+    phase:str, # 'phase1' or 'phase2'
+    preset:str,
+    photos:Photos,
+    judge, # feature network of faic.metrics
+    device,
+):
     "Score the gray image and the real photographs on the phase's part, and keep the truth beside the samples; once for each data set."
     part = EVALUATED[phase]
     gray, real = (baseline_run(phase, subject, preset, photos, device) for subject in ('gray', 'real'))
@@ -331,8 +352,11 @@ def last_day(run:Run)->tuple: # (day, file of the weights)
     if not days: raise ValueError(f'{run.path.name} has no finished day yet')
     return days[-1]
 
-# %% ../nbs/32_study.ipynb #742c199d
-def flop_per_image(colorize, gray:Tensor)->int: # gray: (1,1,H,W) in [0,1]
+# %% ../nbs/32_study.ipynb #50efb8a6
+def flop_per_image(
+    colorize, # function (gray, generators) -> rgb
+    gray:Tensor, # (1,1,H,W) in [0,1]
+)->int:
     "Floating-point operations of one colorization (convolutions and matrix products)."
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter: colorize(gray, [generator_for(0)])
@@ -358,7 +382,7 @@ def matrix_rate(
     torch.backends.cuda.matmul.allow_tf32 = tf32
     return best
 
-# %% ../nbs/32_study.ipynb #7f57e2ae
+# %% ../nbs/32_study.ipynb #ad3a4db6
 def time_colorizer(
     colorize, # function (gray, generators) -> rgb
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
@@ -380,7 +404,12 @@ def time_colorizer(
     seconds = {f'seconds_per_image{end}': float(f(wall))/batch_size for end, f in (('', np.median), (' low', min), (' high', max))}
     return dict(batch_size=batch_size, images=len(wall)*batch_size, **seconds, cpu_seconds_per_image=cpu/len(wall)/batch_size)
 
-def newest_weights(model:str, preset:str, seed:int, photos:Photos): # Path, or None
+def newest_weights(
+    model:str,
+    preset:str,
+    seed:int, # of the run
+    photos:Photos, # that the run was made with
+): # Path, or None
     "The last day's weights of the newest phase 2 run of these photographs."
     runs = [r for r in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if r.options['data']['fingerprint'] == photos.fingerprint]
     runs = sorted((r for r in runs if list(r.path.glob('day-*.safetensors'))), key=lambda r: r.options['made']['time'])
@@ -460,8 +489,14 @@ def run_notebook(
     finally:
         for k in environment: os.environ.pop(k, None)
 
-# %% ../nbs/32_study.ipynb #b30e753b
-def run_study(preset:str='smoke', data:str='embedded', models=MODELS, seed:int=0, budget:str='')->Path: # folder with tables and figures
+# %% ../nbs/32_study.ipynb #81835455
+def run_study(
+    preset:str='smoke',
+    data:str='embedded', # or a folder of photographs
+    models=MODELS, # names
+    seed:int=0,
+    budget:str='', # of each variant and day; '' takes the preset's
+)->Path: # folder with tables and figures
     "Run phase 1, phase 2, inference times and results for all models; two bars show how far it is."
     logging.getLogger('papermill').setLevel(logging.ERROR)
     steps, common = plan(models), dict(preset=preset, data=data, seed=seed)
@@ -487,7 +522,10 @@ def data_name(data:str)->str: # 'embedded', or the folder's name
     "What runs call their data: the parameter `data` without its path."
     return data if data == 'embedded' else Path(data).expanduser().resolve().name
 
-def results_folder(preset:str, data:str)->Path: # figures/<preset>[-<data name>]
+def results_folder(
+    preset:str,
+    data:str, # 'embedded', a folder, or its name
+)->Path: # figures/<preset>[-<data name>]
     "Where the tables and figures of a preset and a data set lie."
     return figures_dir()/(preset if data == 'embedded' else f'{preset}-{data_name(data)}')
 
