@@ -70,7 +70,7 @@ class Evidence:
 
 def _made(run): return run.options['made']['time']
 
-# %% ../nbs/04_plots.ipynb #4c5e70e6
+# %% ../nbs/04_plots.ipynb #f48d241a
 def _place(run):
     "Where a run stands. Phase 2 trains one variant a model; a model that came trained stands beside it."
     o = run.options
@@ -79,15 +79,20 @@ def _place(run):
 
 def _data(run): return run.options.get('data', {})
 
+def _other_budget(run, budgets):
+    o = run.options
+    return 'budget' in o and o['budget'] != budgets.get(o['phase'], o['budget'])
+
 def _said(evidence, key): return sorted({r.options['made'][key] for r in evidence.runs.values() if r.options['made'].get(key)})
 
-# %% ../nbs/04_plots.ipynb #af647e95
+# %% ../nbs/04_plots.ipynb #65f054b4
 def read_evidence(
     preset:str,
     data:str, # name of the data, e.g. 'embedded'
     seed:int, # of the runs; baselines have none
+    budgets:dict={}, # phase -> budget that its runs must have; a phase that is not named takes any
 )->Evidence:
-    "Choose the runs of one preset, data set and seed."
+    "Choose the runs of one preset, data set, seed and budget."
     fits = lambda r: _data(r).get('name') == data and (r.options['seed'] == seed or r.options['model'] == 'baseline')
     found = sorted(filter(fits, read_runs(preset=preset)), key=_made, reverse=True)
     evidence = Evidence(preset, data, seed, {})
@@ -95,6 +100,7 @@ def read_evidence(
     for run in found:
         place, name = _place(run), run.path.name
         if _data(run)['fingerprint'] != wanted: why = f'other photographs: fingerprint {_data(run)["fingerprint"][:6]}, not {wanted[:6]}'
+        elif _other_budget(run, budgets): why = f'budget {run.options["budget"]}, not {budgets[run.options["phase"]]}'
         elif run.metrics().empty: why = 'not evaluated yet'
         elif place in evidence.runs: why = f'{evidence.runs[place].path.name} is newer'
         else: evidence.runs[place] = run; continue

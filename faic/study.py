@@ -10,7 +10,7 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', '
            'time_colorizer', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study', 'data_name',
            'results_folder', 'main']
 
-# %% ../nbs/32_study.ipynb #9ef018d7
+# %% ../nbs/32_study.ipynb #48003489
 import argparse, io, logging, os, sys, tempfile, threading, time
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
-from .core import Budget, Run, figures_dir, generator_for, open_run, progress, read_json, read_runs, repo_root, runs_dir, write_bytes, write_json
+from .core import Budget, Run, budget_or_empty, comma_list, figures_dir, generator_for, open_run, progress, read_json, read_runs, repo_root, runs_dir, write_bytes, write_json
 from .data import Photos, enlarged, list_files, ordered_batches, to_rgb
 from .metrics import image_scores, summarize
 from .plots import main_rows, sample_file
@@ -430,7 +430,7 @@ def _mirrored(file): # (fraction of the notebook that is done, the innermost bar
     for b in reversed(bars[first:]): fraction = min(1., (b['n'] + fraction)/b['total'])
     return fraction, bars[-1] if bars else None
 
-# %% ../nbs/32_study.ipynb #a10097c6
+# %% ../nbs/32_study.ipynb #8c605116
 class Terminal:
     "Two bars on the terminal: the study, and the part of it that is running. In a log file, a line each every 15 seconds."
     def __init__(self, mirror:Path, total:float):
@@ -444,7 +444,7 @@ class Terminal:
         bar = bar or dict(desc='starting', n=0, total=1)
         self.study.n = max(self.study.n, self.done + self.weight*fraction)
         desc = f'{self.name}, {bar["desc"]}: '
-        if desc != self.part.desc: self.part.reset(total=bar['total'])
+        if desc != self.part.desc: self.part.start_t = time.time()
         self.part.desc, self.part.n, self.part.total = desc, bar['n'], bar['total']
         if sys.stderr.isatty() or time.monotonic() - self.shown > 15:
             self.shown = time.monotonic()
@@ -470,7 +470,7 @@ class Terminal:
         self.part.close()
         self.study.close()
 
-# %% ../nbs/32_study.ipynb #16db3ad3
+# %% ../nbs/32_study.ipynb #1b237ec1
 def run_notebook(
     name:str, # e.g. 'phase1'
     parameters:dict, # papermill parameters
@@ -484,12 +484,12 @@ def run_notebook(
     mirror.unlink(missing_ok=True)
     out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model',) if k in parameters))]) + '.ipynb')
     try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
-                                     extra_arguments=['--IPKernelApp.log_level=ERROR']) # its warnings would run into the bars
+                                     extra_arguments=['--IPKernelApp.log_level=CRITICAL']) # its warnings would run into the bars
     except papermill.PapermillExecutionError as e: raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
     finally:
         for k in environment: os.environ.pop(k, None)
 
-# %% ../nbs/32_study.ipynb #81835455
+# %% ../nbs/32_study.ipynb #8959954e
 def run_study(
     preset:str='smoke',
     data:str='embedded', # or a folder of photographs
@@ -505,12 +505,12 @@ def run_study(
         over = threading.Event()
         drawing = threading.Thread(target=terminal.keep_drawing, args=(over,), daemon=True)
         drawing.start()
-        folder = runs_dir()/f'study-{preset}-s{seed}'
+        folder = runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}'
         folder.mkdir(parents=True, exist_ok=True)
         try:
             for name, parameters, weight in steps:
                 terminal.start(' '.join([name, *parameters.values()]), weight)
-                run_notebook(name, common | parameters | (dict(budget=budget) if name.startswith('phase') else {}), folder, terminal.mirror)
+                run_notebook(name, common | parameters | (dict(budget=budget) if name != 'inference_time' else {}), folder, terminal.mirror)
                 terminal.finish()
         finally:
             over.set()
@@ -529,7 +529,7 @@ def results_folder(
     "Where the tables and figures of a preset and a data set lie."
     return figures_dir()/(preset if data == 'embedded' else f'{preset}-{data_name(data)}')
 
-# %% ../nbs/32_study.ipynb #5d22c7d5
+# %% ../nbs/32_study.ipynb #95489a0e
 def main():
     "The command line: python -m faic.study [--preset smoke] [--data embedded] [--models pix2pix] [--seed 0] [--budget '']"
     a = argparse.ArgumentParser(prog='python -m faic.study', description='Run the whole study and write its tables and figures.')
@@ -539,8 +539,10 @@ def main():
     a.add_argument('--seed', default=0, type=int)
     a.add_argument('--budget', default='', help="of a variant and of a day, e.g. '200 steps', '0.5 hours'; default: the preset's")
     o = a.parse_args()
+    try: models, _ = comma_list(*MODELS)(o.models), budget_or_empty(o.budget)
+    except ValueError as e: a.error(str(e))
     began = time.monotonic()
-    try: folder = run_study(o.preset, o.data, o.models.split(','), o.seed, o.budget)
+    try: folder = run_study(o.preset, o.data, models, o.seed, o.budget)
     except KeyboardInterrupt: raise SystemExit('\nStopped. The same command goes on from the last checkpoint.') from None
     print(f'\nThe study took {time.monotonic() - began:.0f} s. Tables and figures: {folder}')
     for f in sorted(folder.glob('*')): print(' ', f.name)

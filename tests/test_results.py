@@ -71,6 +71,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def execute(folder, **parameters):
+    parameters = dict(budget="60 steps") | parameters
     papermill.execute_notebook(repo_root() / "nbs" / "results.ipynb", folder / "out.ipynb", parameters, kernel_name="python3", progress_bar=False)
     return {f.name: f for f in (folder / "figures" / "smoke").iterdir()}
 
