@@ -6,11 +6,11 @@
 __all__ = ['FUTURE', 'ACTS', 'EPS', 'PIXELS', 'CASTAGNOLI', 'START', 'MAGIC', 'DTYPES', 'AVERAGE', 'READ_COLOURS', 'symbols_of',
            'pixels_of', 'area', 'square', 'distance_bias', 'attend', 'Conditions', 'ConditionalNorm', 'Block',
            'Positions', 'Encoder', 'Colorizer', 'count_all', 'Upsampler', 'keras_limit', 'init_weights', 'bits',
-           'ColTran', 'ColTranColor', 'ColTranSpatial', 'enlarge', 'draw', 'uniform_numbers', 'sample_plain',
-           'sampling_cost', 'RowBuffers', 'draw_pixels', 'prepare_row', 'summarize_row', 'make_sampler', 'upsample',
-           'coltran_colorizer', 'varint', 'fields', 'crc32c', 'masked', 'read_table', 'TensorPlace', 'variable_name',
-           'checkpoint_prefix', 'tensor_places', 'read_tf_checkpoint', 'recounted', 'official_layout', 'official_state',
-           'choose_variables', 'load_coltran', 'official_colorizer', 'official_upsamplers', 'figure1']
+           'ColTran', 'ColTranColor', 'ColTranSpatial', 'enlarge', 'row_noise', 'draw', 'sample_plain', 'sampling_cost',
+           'RowBuffers', 'draw_pixels', 'prepare_row', 'summarize_row', 'make_sampler', 'upsample', 'coltran_colorizer',
+           'varint', 'fields', 'crc32c', 'masked', 'read_table', 'TensorPlace', 'variable_name', 'checkpoint_prefix',
+           'tensor_places', 'read_tf_checkpoint', 'recounted', 'official_layout', 'official_state', 'choose_variables',
+           'load_coltran', 'official_colorizer', 'official_upsamplers', 'figure1']
 
 # %% ../nbs/21_coltran.ipynb #4438847b
 import math
@@ -506,31 +506,30 @@ def enlarge(
     "Four times the side, each pixel repeated: what 'area' does when it enlarges by a whole factor."
     return pixels.repeat_interleave(4, -2).repeat_interleave(4, -1)
 
-# %% ../nbs/21_coltran.ipynb #38a43023
+# %% ../nbs/21_coltran.ipynb #c3fa1a75
+def row_noise(
+    generators:list, # one torch.Generator for each image
+    width:int,
+    device='cpu',
+)->Tensor: # (B,width,512) float32
+    "Gumbel noise for one row of each image."
+    waits = [torch.empty(width, 512, device=g.device).exponential_(generator=g) for g in generators]
+    return -torch.stack(waits).to(device).log()
+
 def draw(
     logits:Tensor, # (B,K)
-    u:Tensor=None, # (B,) in [0,1); None: the most likely symbol
+    noise:Tensor=None, # (B,K), Gumbel; None: the most likely symbol
     temperature:float=1., # above 0: divides the logits
 )->Tensor: # (B,) long
-    "Draw a symbol by inverting the cumulative distribution, in float64."
-    if u is None: return logits.argmax(-1)
-    cumulative = (logits.double()/temperature).softmax(-1).cumsum(-1)
-    return (cumulative[:, :-1] <= u[:, None]).sum(-1)
+    "Draw a symbol."
+    return (logits if noise is None else logits/temperature + noise).argmax(-1)
 
-def uniform_numbers(
-    generators:list, # one torch.Generator for each image
-    height:int,
-    width:int,
-)->Tensor: # (B,H,W) float64 in [0,1)
-    "The random numbers of each image, drawn at once."
-    return torch.stack([torch.rand(height, width, generator=g, dtype=torch.float64, device=g.device) for g in generators])
-
-# %% ../nbs/21_coltran.ipynb #c27914c6
+# %% ../nbs/21_coltran.ipynb #b4ff5c55
 @torch.no_grad()
 def sample_plain(
     net:Colorizer,
     gray:Tensor, # (B,H,W) long
-    u:Tensor=None, # (B,H,W) in [0,1), see uniform_numbers; None: greedy
+    generators:list=None, # one torch.Generator for each image; None: greedy
     temperature:float=1.,
     norm:str='row', # of the inner decoder, see ConditionalNorm; 'row' is what the official sampler does
 )->dict: # symbols (B,H,W) long, logits (B,H,W,512)
@@ -542,10 +541,11 @@ def sample_plain(
     for r in progress(range(H), desc='plain sampler, rows', leave=False, delay=2):
         here = slice(r, r + 1)
         terms = [b.norm_terms(z[:, here] if norm == 'row' else z, norm) for b in net.inner]
+        noise = row_noise(generators, W, gray.device) if generators else None
         for c in range(W):
             inner = net.decode_rows(canvas[:, here], upper[:, here], z[:, here], terms, first=r)
             logits[:, r, c] = net.head(net.norm(inner[:, 0, c]))
-            symbols[:, r, c] = draw(logits[:, r, c], None if u is None else u[:, r, c], temperature)
+            symbols[:, r, c] = draw(logits[:, r, c], noise[:, c] if generators else None, temperature)
             canvas[:, r, c] = net.pixel(symbols[:, r, c])
         upper = net.summarize_above(canvas, z)
     return dict(symbols=symbols, logits=logits)
@@ -571,7 +571,7 @@ def sampling_cost(
     inner = inner_layers*N*(products(2*D) + attention((side + 1)/2))
     return dict(encoder=encoder, outer=outer, inner=inner, head=head)
 
-# %% ../nbs/21_coltran.ipynb #cb9b590f
+# %% ../nbs/21_coltran.ipynb #5ab586bf
 class RowBuffers:
     "What drawing a row reads and writes: fixed memory, pixel first."
     def __init__(self,
@@ -587,7 +587,7 @@ class RowBuffers:
         self.embeddings = torch.cat([net.pixel.weight, new(1, D)])      # the last one, 0, comes in from the left
         self.table = net.inner[0].qkv(self.embeddings)                  # (513,3D)
         self.left = torch.full((batch,), 512, device=p.rows.device)
-        self.u, self.drawn = new(W, batch, dtype=torch.float64), new(W, batch, dtype=torch.long)
+        self.noise, self.drawn = new(W, batch, 512, dtype=torch.float32), new(W, batch, dtype=torch.long)
         self.known = new(W, batch, D)                                   # of the first block's input
         self.scale, self.shift = ([new(W, batch, 3*D) for _ in layers] for _ in range(2)) # of q, k, v
         self.mlp_scale, self.mlp_shift = ([new(W, batch, D) for _ in layers] for _ in range(2))
@@ -595,7 +595,7 @@ class RowBuffers:
         self.keys, self.values = ([new(batch*heads, W, D//heads) for _ in layers] for _ in range(2))
         self.bias = [distance_bias(b.relative, False).repeat(batch, 1, 1) for b in net.inner]
 
-# %% ../nbs/21_coltran.ipynb #0958c3a2
+# %% ../nbs/21_coltran.ipynb #dd28f436
 def _normed(norm, x, terms):
     return torch.addcmul(terms[1], norm.norm(x), terms[0]) if isinstance(norm, ConditionalNorm) else norm(x)
 
@@ -618,7 +618,7 @@ def draw_pixels(
             x = _normed(block.norm1, torch.addmm(x, o, block.out.weight.T), s.norm_terms[l][0])
             y = block.down(F.relu(block.up(x)))
             x = _normed(block.norm2, x + torch.addcmul(s.mlp_shift[l][c], y, s.mlp_scale[l][c]), s.norm_terms[l][1])
-        previous = draw(s.net.head(s.net.norm(x)), s.u[c] if s.temperature else None, s.temperature)
+        previous = draw(s.net.head(s.net.norm(x)), s.noise[c] if s.temperature else None, s.temperature)
         s.drawn[c] = previous
 
 # %% ../nbs/21_coltran.ipynb #e50fb770
@@ -669,7 +669,7 @@ def summarize_row(
         x = block.after_attention(x, block.out(o).view_as(x), zr, t)
     return x[:, 0]
 
-# %% ../nbs/21_coltran.ipynb #090f4a37
+# %% ../nbs/21_coltran.ipynb #59766061
 def _graph(f): # f() on fixed buffers -> its replay
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -686,7 +686,7 @@ def make_sampler(
     temperature:float=1., # 0: greedy
     norm:str='row', # of the inner decoder, see ConditionalNorm; 'row' is what the official sampler does
     precision:str='float32', # of products of whole rows and pictures: 'float32' (rather: the network's own) or 'bfloat16'
-): # function (gray (batch,H,W) long, u (batch,H,W) or None) -> symbols (batch,H,W) long
+): # function (gray (batch,H,W) long, generators: one for each image, or None) -> symbols (batch,H,W) long
     "The fast sampler: the same symbols as sample_plain, each position computed once."
     if precision not in ('float32', 'bfloat16'): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
     if temperature < 0: raise ValueError(f'temperature is 0 (greedy) or above, got {temperature}')
@@ -695,7 +695,7 @@ def make_sampler(
     draw_row = _graph(lambda: draw_pixels(s)) if device.type == 'cuda' else lambda: draw_pixels(s)
 
     @torch.no_grad()
-    def sampler(gray, u=None):
+    def sampler(gray, generators=None):
         with wide(): z = net.encode(gray)
         H, W, D = s.size
         outer, inner = [b.norm_terms(z) for b in net.outer], [b.norm_terms(z, norm) for b in net.inner]
@@ -703,7 +703,7 @@ def make_sampler(
         symbols, upper = torch.zeros_like(gray), torch.zeros_like(z[:, 0])
         for r in progress(range(H), desc='colorizer, rows', leave=False, delay=2):
             prepare_row(s, r, z, upper, inner, wide)
-            if temperature: s.u.copy_(u[:, r].T)
+            if temperature: s.noise.copy_(row_noise(generators, W, gray.device).transpose(0, 1))
             draw_row()
             symbols[:, r] = s.drawn.T
             if r < H - 1:
@@ -711,7 +711,7 @@ def make_sampler(
         return symbols
     return sampler
 
-# %% ../nbs/21_coltran.ipynb #07c35f60
+# %% ../nbs/21_coltran.ipynb #916d822d
 PIXELS = 256*256 # that an upsampler takes at a time
 
 @torch.no_grad()
@@ -739,7 +739,7 @@ def coltran_colorizer(
     temperature:float=1., # 0: greedy; 1: as the official colorizer
     norm:str='row', # while sampling, see ConditionalNorm
     precision:str='float32', # or 'bfloat16', for all large matrix products
-    batch:int=64, # photographs that are sampled together, at most
+    batch:int=256, # photographs that are sampled together, at most
 ): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the three steps
     "The function colorize(gray, generator) of three trained networks: colorizer, color upsampler, spatial upsampler."
     samplers = {} # by batch size
@@ -748,12 +748,12 @@ def coltran_colorizer(
     def draw_coarse(gray, before=None, generator=None):
         "gray (B,1,H,W) in [0,1] to the coarse picture (B,3,H/4,W/4), long."
         if generator is None: generator = torch.Generator().manual_seed(0)
-        small, own = low(gray), generator if isinstance(generator, (list, tuple)) else [generator]*len(gray)
-        u = uniform_numbers(own, *small.shape[1:]).to(gray.device)
+        own = list(generator) if isinstance(generator, (list, tuple)) else [generator]*len(gray)
         symbols = []
-        for g, v in zip(small.split(batch), u.split(batch)):
+        for i in range(0, len(gray), batch):
+            g = low(gray[i:i + batch])
             if len(g) not in samplers: samplers[len(g)] = make_sampler(colorizer, len(g), temperature, norm, precision)
-            symbols.append(samplers[len(g)](g, v))
+            symbols.append(samplers[len(g)](g, own[i:i + batch]))
         return pixels_of(torch.cat(symbols))
 
     def refine_colours(gray, coarse, generator=None):
@@ -849,15 +849,15 @@ def masked(crc:int)->int: # as it is stored
     "Rotated and shifted: a checksum of data that holds checksums should not be trivial."
     return (crc >> 15 | crc << 17) + 0xa282ead8 & 0xffffffff
 
-# %% ../nbs/21_coltran.ipynb #1c0ef625
+# %% ../nbs/21_coltran.ipynb #07de813f
 MAGIC = struct.pack('<Q', 0xdb4775248b80fb57) # the last eight bytes of every SSTable
 
 def _read_block(data, at, size, file): # the entries' bytes of the block at a position
     block, trailer = data[at:at + size + 1], data[at + size + 1:at + size + 5]
-    if len(trailer) < 4 or size < 4: raise ValueError(f'{file} is damaged: a block of {size} bytes at {at} does not fit into its {len(data)} bytes; copy the file again')
-    if struct.unpack('<I', trailer)[0] != masked(crc32c(block)):
-        raise ValueError(f'{file} is damaged: the checksum of the block at {at} does not fit its {size} bytes; copy the file again')
-    if block[size]: raise ValueError(f'{file} is compressed (kind {block[size]}, 1 is snappy), but TensorFlow leaves the index of a checkpoint uncompressed; is it one?')
+    damaged = lambda what: ValueError(f'{file} is damaged: {what}; copy the file again')
+    if len(trailer) < 4 or size < 4: raise damaged(f'a block of {size} bytes at {at} does not fit into its {len(data)} bytes')
+    if struct.unpack('<I', trailer)[0] != masked(crc32c(block)): raise damaged(f'the checksum of the block at {at} does not fit its {size} bytes')
+    if block[size]: raise ValueError(f'{file} is compressed (kind {block[size]}, 1 is snappy); TensorFlow leaves the index of a checkpoint uncompressed, so is it one?')
     restarts, = struct.unpack_from('<I', block, size - 4)
     return block[:size - 4*(restarts + 1)]
 
@@ -871,19 +871,23 @@ def _entries(block): # yields (key, value)
         at += own + length
         yield key, block[at - length:at]
 
+# %% ../nbs/21_coltran.ipynb #f6ec0eff
 def read_table(
     file:Path, # an SSTable
 )->dict: # key (bytes) -> value (bytes), in order
     "Read a sorted string table whole; raise ValueError where it is none, or damaged."
     data = Path(file).read_bytes()
     if len(data) < 48 or data[-8:] != MAGIC:
-        raise ValueError(f'{file} is not the index of a TensorFlow checkpoint, or the end of it is missing: its {len(data)} bytes should end with {MAGIC.hex()}, the magic number of an SSTable; copy it again')
-    place = lambda handle, at=0: (lambda start: (start[0], varint(handle, start[1])[0]))(varint(handle, at))
+        raise ValueError(f'{file} is not the index of a TensorFlow checkpoint, or the end of it is missing: '
+                         f'its {len(data)} bytes should end with {MAGIC.hex()}, the magic number of a sorted string table; copy it again')
+    def place(handle, at=0): # (position, size) of a block, and where the next handle begins
+        start, at = varint(handle, at)
+        size, at = varint(handle, at)
+        return (start, size), at
     footer = data[-48:-8]
-    _, at = varint(footer, 0)        # the first two numbers are the place of a block of statistics,
-    _, at = varint(footer, at)       # the next two that of the index block
-    index = _read_block(data, *place(footer, at), file)
-    return {key: value for _, handle in _entries(index) for key, value in _entries(_read_block(data, *place(handle), file))}
+    _, after = place(footer) # the statistics
+    index = _read_block(data, *place(footer, after)[0], file)
+    return {key: value for _, handle in _entries(index) for key, value in _entries(_read_block(data, *place(handle)[0], file))}
 
 # %% ../nbs/21_coltran.ipynb #1f82ae44
 DTYPES = {1: '<f4', 2: '<f8', 3: '<i4', 4: 'u1', 5: '<i2', 6: 'i1', 9: '<i8', 10: '?', 19: '<f2'} # TensorFlow's number of a type, without strings
@@ -908,7 +912,7 @@ def variable_name(
     "The name of the variable, as TensorFlow shows it: col_tran_core/auto_logits/kernel:0."
     return re.sub(r'\.([S.])', lambda m: '/' if m[1] == 'S' else '.', key.removesuffix('/.ATTRIBUTES/VARIABLE_VALUE'))
 
-# %% ../nbs/21_coltran.ipynb #588204c9
+# %% ../nbs/21_coltran.ipynb #e79b8796
 def checkpoint_prefix(
     path:Path, # the folder of a checkpoint, its file `checkpoint`, model-N.index, or model-N
 )->Path: # .../model-N
@@ -920,7 +924,8 @@ def checkpoint_prefix(
         if prefix.with_name(prefix.name + '.index').is_file(): return prefix
         raise FileNotFoundError(f'{path} is neither a folder nor a checkpoint; expected a folder with the files checkpoint, model-N.index and model-N.data-00000-of-00001')
     if not (path/'checkpoint').is_file():
-        raise FileNotFoundError(f'{path} has no file named checkpoint, which says which model-N is the newest; add it, or give the path of an .index file. In the folder: {sorted(f.name for f in path.iterdir())[:8]}')
+        there = sorted(f.name for f in path.iterdir())[:8]
+        raise FileNotFoundError(f'{path} has no file named checkpoint, which says which model-N is the newest; add it, or give the path of an .index file. In the folder: {there}')
     newest = re.search(r'^model_checkpoint_path: "(.+)"', (path/'checkpoint').read_text(errors='replace'), re.M)
     if not newest: raise ValueError(f'{path/"checkpoint"} does not name a model; expected a line model_checkpoint_path: "model-N"')
     prefix = path/Path(newest[1]).name # an absolute path is that of the machine where it was written
@@ -928,6 +933,7 @@ def checkpoint_prefix(
         raise FileNotFoundError(f'{prefix}.index is missing, which {path/"checkpoint"} names as the newest; copy it there, with its data files')
     return prefix
 
+# %% ../nbs/21_coltran.ipynb #c1e9878f
 def tensor_places(
     path:Path, # see checkpoint_prefix
 )->tuple: # (dict key -> TensorPlace, data files)
@@ -937,21 +943,24 @@ def tensor_places(
     table = read_table(index)
     header = dict(fields(table.pop(b'', b'')))
     shards = header.get(1, 0)
-    if not shards or header.get(2): raise ValueError(f'{index} is not the index of a checkpoint that can be read: expected little-endian data files, found a header that says {header}')
+    if not shards or header.get(2):
+        raise ValueError(f'{index} is not the index of a checkpoint that can be read: expected the number of data files and little-endian numbers, found a header that says {header}')
     files = [prefix.with_name(f'{prefix.name}.data-{k:05}-of-{shards:05}') for k in range(shards)]
     return {key.decode(): _place(value) for key, value in table.items()}, files
 
-# %% ../nbs/21_coltran.ipynb #0d9e494d
+# %% ../nbs/21_coltran.ipynb #1f72ee5a
 def _tensor(key, place, files):
     file = files[place.shard] if place.shard < len(files) else None
     if place.dtype not in DTYPES: raise ValueError(f'{key} has the type number {place.dtype} of TensorFlow, which is not read here; known: {DTYPES}')
     dtype, end = np.dtype(DTYPES[place.dtype]), place.offset + place.size
     if file is None or place.size != math.prod(place.shape)*dtype.itemsize:
-        raise ValueError(f'{files[0].parent}: {key} cannot be of shape {place.shape} and {place.size} bytes in shard {place.shard} of {len(files)}; a tensor split among devices is not read here')
+        raise ValueError(f'{files[0].parent}: {key} cannot be of shape {place.shape} and {place.size} bytes in data file {place.shard} of {len(files)}; '
+                         'a tensor that was split among devices is not read here')
     if not file.is_file(): raise FileNotFoundError(f'{file} is missing; this checkpoint has {len(files)} data file(s), copy all of them beside its index')
-    if file.stat().st_size < end: raise ValueError(f'{file} is cut off: {file.stat().st_size} bytes, but {key} ends at byte {end}; copy it again')
+    if (found := file.stat().st_size) < end: raise ValueError(f'{file} is cut off: it has {found} bytes, but {key} ends at byte {end}; copy it again')
     data = np.fromfile(file, 'u1', place.size, offset=place.offset)
-    if masked(crc32c(data)) != place.crc: raise ValueError(f'{file} is damaged: the checksum of {key} does not fit its {place.size} bytes at {place.offset}; copy it again')
+    if masked(crc32c(data)) != place.crc:
+        raise ValueError(f'{file} is damaged: the checksum of {key} does not fit its {place.size} bytes at {place.offset}; copy it again')
     return data.view(dtype).reshape(place.shape)
 
 def read_tf_checkpoint(
@@ -980,7 +989,7 @@ def recounted(
         return '/'.join([_nth(base(part), rank['/'.join(parts[:i]), part]) for i, part in enumerate(parts[:-1])] + parts[-1:])
     return {recount(name): name for name in names}
 
-# %% ../nbs/21_coltran.ipynb #a51b95b6
+# %% ../nbs/21_coltran.ipynb #85a318b1
 def _matrix(k): return k.flatten(1).T # [in, ...] to [out, in]
 
 def _linear(ours, theirs, module):
@@ -997,6 +1006,7 @@ def _norm(ours, parent, i, module): # the i-th norm of its kind in a parent
     if module.weight is None: return rows
     return rows + [(f'{ours}.weight', {f'{theirs}/spatial_average:0': (1, *module.weight.shape, 1)}, lambda w: w[0, :, :, 0])]
 
+# %% ../nbs/21_coltran.ipynb #c31e478a
 def _attention(ours, theirs, block):
     D, n = block.out.out_features, block.heads
     rows = [(f'{ours}.qkv.weight', {f'{theirs}/{t}/kernel:0': (D, n, D//n) for t in 'qkv'}, lambda *k: torch.cat([_matrix(x) for x in k])),
@@ -1008,21 +1018,25 @@ def _attention(ours, theirs, block):
     return rows + [(f'{ours}.cond.weight', {f'{theirs}/cond_{t}/kernel:0': (block.cond.in_features, n, terms*D//n) for t in block.c.attention},
                     lambda *k: torch.cat([scales_first(x) for x in k]))]
 
-def _block(ours, attention, parent, i, dense, modulate, block): # the i-th block of a stack whose first feed-forward layer is dense
-    rows = _attention(ours, f'{parent}/{attention}', block) + _norm(f'{ours}.norm1', parent, 2*i, block.norm1) + _norm(f'{ours}.norm2', parent, 2*i + 1, block.norm2)
-    rows += _linear(f'{ours}.up', _nth('dense', dense + 2*i), block.up) + _linear(f'{ours}.down', _nth('dense', dense + 2*i + 1), block.down)
-    return rows + (_linear(f'{ours}.modulate', f'{parent}/{modulate}', block.modulate) if block.modulate is not None else [])
+def _block(ours, parent, i, attention, dense, modulate, block): # the i-th block of a stack; dense is the number of the stack's first feed-forward layer
+    rows = _attention(ours, f'{parent}/{attention}', block)
+    for k, (linear, norm) in enumerate((('up', 'norm1'), ('down', 'norm2'))):
+        rows += _linear(f'{ours}.{linear}', _nth('dense', dense + 2*i + k), getattr(block, linear)) + _norm(f'{ours}.{norm}', parent, 2*i + k, getattr(block, norm))
+    return rows if block.modulate is None else rows + _linear(f'{ours}.modulate', f'{parent}/{modulate}', block.modulate)
 
+# %% ../nbs/21_coltran.ipynb #ad003f56
 def _positions(ours, theirs, module):
-    (H, D), W = module.rows.shape, len(module.columns)
-    return [(f'{ours}.rows', {f'{theirs}/position_embedding_0:0': (H, 1, D)}, lambda p: p[:, 0]), (f'{ours}.columns', {f'{theirs}/position_embedding_1:0': (W, D)}, None)]
+    H, D = module.rows.shape
+    return [(f'{ours}.rows', {f'{theirs}/position_embedding_0:0': (H, 1, D)}, lambda p: p[:, 0]),
+            (f'{ours}.columns', {f'{theirs}/position_embedding_1:0': module.columns.shape}, None)]
 
 def _encoder(theirs, encoder):
     parent = f'{theirs}/factorized_attention'
-    return _positions('encoder.positions', f'{parent}/position_embed', encoder.positions) + [
-        row for i, block in enumerate(encoder.blocks) for row in _block(f'encoder.blocks.{i}', _nth('self_attention_nd', i), parent, i, 0, '', block)]
+    rows = _positions('encoder.positions', f'{parent}/position_embed', encoder.positions)
+    for i, block in enumerate(encoder.blocks): rows += _block(f'encoder.blocks.{i}', parent, i, _nth('self_attention_nd', i), 0, '', block)
+    return rows
 
-# %% ../nbs/21_coltran.ipynb #d340b942
+# %% ../nbs/21_coltran.ipynb #45fd94c8
 def official_layout(
     net:nn.Module, # a Colorizer or Upsampler
 )->list: # of (our tensor, {recounted official name: shape}, function of these that makes ours; None: as it is)
@@ -1033,18 +1047,19 @@ def official_layout(
         return (table('value', f'{top}/dense') + table('gray', f'{top}/dense_1') + _linear('mix', f'{top}/dense_2', net.mix)
                 + _linear('head', f'{top}/dense_3', net.head) + _encoder(top, net.encoder))
     top, gray, outer, inner = ('col_tran_core' + part for part in ('', '/gray_scale_encoder', '/outer_decoder', '/inner_decoder'))
-    rows = table('gray', f'{gray}/dense') + [('gray_bias', {f'{gray}/dense/bias:0': net.gray_bias.shape}, None)] + _encoder(gray, net.encoder) + table('pixel', f'{top}/dense')
+    rows = table('gray', f'{gray}/dense') + [('gray_bias', {f'{gray}/dense/bias:0': net.gray_bias.shape}, None)] + _encoder(gray, net.encoder)
+    rows += table('pixel', f'{top}/dense') + _plain_norm('norm', f'{top}/layer_normalization', net.norm) + _linear('head', f'{top}/auto_logits', net.head)
     if net.aux is not None: rows += _linear('aux', f'{top}/parallel_logits', net.aux)
     rows += _positions('outer_positions', f'{outer}/position_embed', net.outer_positions) + _positions('inner_positions', f'{inner}/position_embed', net.inner_positions)
     first = 2*len(net.encoder.blocks) # feed-forward layers are counted through: encoder, outer, inner
     for i, block in enumerate(net.outer):
         attention, side = (('unmask_row_att', 'r'), ('mask_col_att', 'c'))[i % 2]
-        rows += _block(f'outer.{i}', _nth(attention, i//2), outer, i, first, _nth(f'{block.c.mlp}_{side}', i//2), block)
+        rows += _block(f'outer.{i}', outer, i, _nth(attention, i//2), first, _nth(f'{block.c.mlp}_{side}', i//2), block)
     for i, block in enumerate(net.inner):
-        rows += _block(f'inner.{i}', _nth('mask_row_att', i), inner, i, first + 2*len(net.outer), _nth(f'{block.c.mlp}_c', i), block)
-    return rows + _plain_norm('norm', f'{top}/layer_normalization', net.norm) + _linear('head', f'{top}/auto_logits', net.head)
+        rows += _block(f'inner.{i}', inner, i, _nth('mask_row_att', i), first + 2*len(net.outer), _nth(f'{block.c.mlp}_c', i), block)
+    return rows
 
-# %% ../nbs/21_coltran.ipynb #4a2856fe
+# %% ../nbs/21_coltran.ipynb #ff194271
 def official_state(
     arrays:dict, # official name (col_tran_core/auto_logits/kernel:0, ...) -> array in TensorFlow's layout
     net:nn.Module, # the Colorizer or Upsampler that they are for
@@ -1055,11 +1070,13 @@ def official_state(
     expected = {name: tuple(shape) for _, parts, _ in layout for name, shape in parts.items()}
     missing = sorted(set(expected) - set(names))
     foreign = sorted(names[n] for n in set(names) - set(expected))
-    shapes = [f'{names[n]}: file {tuple(arrays[names[n]].shape)}, network {s}' for n, s in expected.items() if n in names and tuple(arrays[names[n]].shape) != s]
+    found = {n: tuple(arrays[names[n]].shape) for n in expected if n in names}
+    shapes = [f'{names[n]}: file {shape}, network {expected[n]}' for n, shape in found.items() if shape != expected[n]]
     if missing or foreign or shapes:
-        raise ValueError(f'{source} does not fit this {type(net).__name__}.\nmissing (layers counted from 0 within their parent): {missing}\nunknown: {foreign}\nother shape: {shapes}')
-    tensors = {n: torch.as_tensor(np.asarray(arrays[names[n]])) for n in expected}
-    return {ours: (make or (lambda t: t))(*(tensors[n] for n in parts)) for ours, parts, make in layout}
+        raise ValueError(f'{source} does not fit this {type(net).__name__}.\nmissing (layers counted from 0 within their parent): {missing}\n'
+                         f'unknown: {foreign}\nother shape: {shapes}')
+    tensors = {n: torch.as_tensor(arrays[names[n]]) for n in expected}
+    return {ours: make(*(tensors[n] for n in parts)) if make else tensors[next(iter(parts))] for ours, parts, make in layout}
 
 # %% ../nbs/21_coltran.ipynb #7e3b3e69
 AVERAGE = '/ExponentialMovingAverage:0'
@@ -1091,14 +1108,14 @@ def load_coltran(
     net.load_state_dict(official_state(arrays, net, f'{path} ({", ".join(f"{n} {kind}" for kind, n in kinds.items())})'))
     return net
 
-# %% ../nbs/21_coltran.ipynb #c9c35b17
+# %% ../nbs/21_coltran.ipynb #b0d0bdd5
 def _official(path, kind): # the network of a file, without its weights
     places, _ = tensor_places(path)
     chosen, _ = choose_variables(places)
     shapes = {name: places[chosen[official]].shape for name, official in recounted(chosen).items()}
     try: return _colorizer_like(shapes) if kind == 'colorizer' else _upsampler_like(shapes, kind.split('_')[0])
     except KeyError as e:
-        raise ValueError(f'{path} is not a checkpoint of ColTran\'s {kind.replace("_", " ")}: it has no {e}. It has: {sorted(chosen)[:4]} ...') from None
+        raise ValueError(f'{path} is not a checkpoint of the {kind.replace("_", " ")} of ColTran: it has no {e}. It has: {sorted(chosen)[:4]} ...') from None
 
 def _stack(shapes, parent, attention): # (layers, heads, channels a head) of the attention of this name within a parent
     layers = sum(bool(re.fullmatch(rf'{parent}/{attention}(_\d+)?/q/kernel:0', name)) for name in shapes)
@@ -1120,14 +1137,17 @@ def _colorizer_like(shapes):
     conditions = Conditions(attention, not attention or shapes[f'{outer}/unmask_row_att/cond_{attention[0]}/kernel:0'][2] == 2*c,
                             mlp=has(affine='affine_r/kernel:0', shift='shift_r/kernel:0'),
                             norm=has(learnable='conditional_layer_norm/spatial_average:0', mean='conditional_layer_norm/dense/kernel:0'))
-    return Colorizer(height, width, dim, heads, shapes[f'{_nth("dense", 2*blocks)}/kernel:0'][1], blocks//2, outer_layers, _stack(shapes, inner, 'mask_row_att')[0],
-                     encoder_heads, shapes['dense/kernel:0'][1], conditions, aux='col_tran_core/parallel_logits/kernel:0' in shapes)
+    inner_layers, _, _ = _stack(shapes, inner, 'mask_row_att')
+    encoder_ff, ff = shapes['dense/kernel:0'][1], shapes[f'{_nth("dense", 2*blocks)}/kernel:0'][1]
+    aux = 'col_tran_core/parallel_logits/kernel:0' in shapes
+    return Colorizer(height, width, dim, heads, ff, blocks//2, outer_layers, inner_layers, encoder_heads, encoder_ff, conditions, aux=aux)
 
-# %% ../nbs/21_coltran.ipynb #96199b48
+# %% ../nbs/21_coltran.ipynb #2ecb59e7
 def _folder(folder, kind): # the one that holds a network
     found = [f for f in sorted(Path(folder).glob(f'{kind}*')) if f.is_dir()]
     if len(found) == 1 or found and found[0].name == kind: return found[0]
-    raise FileNotFoundError(f'{folder} should have one folder {kind} (or {kind}_v2, as published) with the files checkpoint, model-N.index and model-N.data-...; found {[f.name for f in found] or "none"}')
+    raise FileNotFoundError(f'{folder} should have one folder {kind} (or {kind}_v2, as published) with the files checkpoint, model-N.index and model-N.data-...; '
+                            f'found {[f.name for f in found] or "none"}')
 
 def official_colorizer(
     folder:Path, # of the colorizer's checkpoint, or one that holds it as colorizer*
