@@ -571,7 +571,13 @@ def sampling_cost(
     inner = inner_layers*N*(products(2*D) + attention((side + 1)/2))
     return dict(encoder=encoder, outer=outer, inner=inner, head=head)
 
-# %% ../nbs/21_coltran.ipynb #5ab586bf
+# %% ../nbs/21_coltran.ipynb #a60c578b
+PIXELS = {'cpu': 2**12, 'cuda': 2**18} # that an encoder takes at a time, one picture at least; a CPU is fastest when they stay in its cache
+
+def _pieces(x): # (B,H,W) -> slices of B
+    step = max(1, PIXELS[x.device.type]//(x.shape[1]*x.shape[2]))
+    return [slice(i, i + step) for i in range(0, len(x), step)]
+
 class RowBuffers:
     "What drawing a row reads and writes: fixed memory, pixel first."
     def __init__(self,
@@ -669,7 +675,7 @@ def summarize_row(
         x = block.after_attention(x, block.out(o).view_as(x), zr, t)
     return x[:, 0]
 
-# %% ../nbs/21_coltran.ipynb #59766061
+# %% ../nbs/21_coltran.ipynb #ceeecbe6
 def _graph(f): # f() on fixed buffers -> its replay
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -696,7 +702,7 @@ def make_sampler(
 
     @torch.no_grad()
     def sampler(gray, generators=None):
-        with wide(): z = net.encode(gray)
+        with wide(): z = torch.cat([net.encode(gray[some]) for some in _pieces(gray)])
         H, W, D = s.size
         outer, inner = [b.norm_terms(z) for b in net.outer], [b.norm_terms(z, norm) for b in net.inner]
         kept = [[z.new_zeros(batch, W, H, D) for _ in range(2)] for _ in net.outer[::2]]
@@ -711,9 +717,7 @@ def make_sampler(
         return symbols
     return sampler
 
-# %% ../nbs/21_coltran.ipynb #916d822d
-PIXELS = 256*256 # that an upsampler takes at a time
-
+# %% ../nbs/21_coltran.ipynb #30f5c126
 @torch.no_grad()
 def upsample(
     net:Upsampler,
@@ -722,14 +726,12 @@ def upsample(
     precision:str='float32', # or 'bfloat16'
 )->Tensor: # (B,3,H,W) long, 0 to 255
     "The most likely fine value of every pixel and channel; memory doesn't grow with B."
-    B, _, H, W = coarse.shape
+    B = len(coarse)
     values, channel, grays = coarse.flatten(0, 1), torch.arange(3, device=coarse.device).repeat(B), gray.repeat_interleave(3, 0)
-    step = max(1, PIXELS//(H*W))
     fine = torch.empty_like(values)
-    for i in progress(range(0, 3*B, step), desc=f'{net.kind} upsampler', leave=False, delay=2):
-        part = slice(i, i + step)
+    for some in progress(_pieces(values), desc=f'{net.kind} upsampler', leave=False, delay=2):
         with torch.autocast(coarse.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-            fine[part] = net(values[part], channel[part], grays[part]).argmax(-1)
+            fine[some] = net(values[some], channel[some], grays[some]).argmax(-1)
     return fine.view_as(coarse)
 
 def coltran_colorizer(

@@ -1,0 +1,35 @@
+"""What ColTran's notebook cannot say: the fast sampler on a GPU, and at the paper's size."""
+import pytest
+import torch
+
+from faic.coltran import Colorizer, Upsampler, coltran_colorizer, init_weights, make_sampler, sample_plain
+from faic.core import generator_for
+
+
+def generators(*images):
+    return [generator_for(0, i) for i in images]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the captured graph of the pixel loop can't be tried")
+def test_fast_sampler_on_cuda_equals_plain_on_cpu():
+    net = init_weights(Colorizer(8, 8, 32, 4, 32, outer_layers=2, inner_layers=2)).double()
+    gray = torch.randint(256, (3, 8, 8), generator=generator_for(1))
+    plain = {t: sample_plain(net, gray, generators(0, 1, 2) if t else None, t or 1)["symbols"] for t in (0, 1)}
+    net.cuda()
+    for t in (0, 1):
+        sampler = make_sampler(net, 3, t)
+        for _ in range(2):  # the graph is replayed for a second batch
+            assert torch.equal(sampler(gray.cuda(), generators(0, 1, 2)).cpu(), plain[t])
+
+
+@pytest.mark.slow
+def test_paper_size_drawn_symbols_do_not_depend_on_the_batch():
+    nets = [init_weights(n, 3).eval() for n in (Colorizer(), Upsampler("color", 64, 64), Upsampler("spatial", 256, 256))]
+    gray = torch.randint(256, (2, 64, 64), generator=generator_for(1))
+    nets[0].double()
+    together = make_sampler(nets[0], 2)(gray, generators(0, 1))
+    alone = torch.cat([make_sampler(nets[0], 1)(gray[i : i + 1], generators(i)) for i in range(2)])
+    assert torch.equal(together, alone)
+    nets[0].float()
+    rgb = coltran_colorizer(*nets)(torch.rand(1, 1, 256, 256, generator=generator_for(2)), generators(0))
+    assert rgb.shape == (1, 3, 256, 256) and 0 <= rgb.min() and rgb.max() <= 1
