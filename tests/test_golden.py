@@ -1,27 +1,33 @@
 """Numbers produced by running the official code, against ours.
 
-A set is a folder <root>/<model>/ with arrays.npz and, for Pix2Pix, latest_net_G.pth and latest_net_D.pth. The repo keeps a small set in
-tests/golden; ../shared/golden is used too where it is there; the environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options
-come from the files. Tolerances are those of the set's README, by quantity."""
+A set is a folder <root>/<model>/. Pix2Pix's has arrays.npz, latest_net_G.pth and latest_net_D.pth; ColTran's has configs.json and files whose
+names begin with a case of it. The repo keeps a small set of each in tests/golden; ../shared/golden is used too where it is there; the
+environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options come from the files. Tolerances are those of the set's README, by
+quantity."""
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from faic.color import lab_to_rgb, rgb_to_lab, scale_lab, truncate_uint8, unscale_lab
+from faic.color import lab_to_rgb, luma, rgb_to_lab, scale_lab, truncate_uint8, unscale_lab
+from faic.coltran import (AVERAGE, Colorizer, ColTran, Conditions, RowBuffers, Upsampler, area, bits, count_all, draw_pixels, enlarge, load_coltran, make_sampler,
+                          official_colorizer, official_layout, official_state, pixels_of, prepare_row, read_tf_checkpoint, recounted, sample_plain, square,
+                          summarize_row, symbols_of, tensor_places, upsample)
+from faic.core import Budget, Run
 from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, official_names, unet_of
-from faic.train import official_linear
+from faic.train import Trainer, official_linear, train_step
 
 TESTS = Path(__file__).parent
 ROOTS = [Path(os.environ["FAIC_GOLDEN"]).resolve()] if os.environ.get("FAIC_GOLDEN") else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
 
 
-def sets(model):
+def sets(model, marker="arrays.npz"):
     """All golden sets of a model, as pytest parameters whose ids contain the model's name."""
-    found = sorted({f.parent for root in ROOTS for f in root.rglob("arrays.npz") if any(model in part for part in f.parent.relative_to(root.parent).parts)})
+    found = sorted({f.parent for root in ROOTS for f in root.rglob(marker) if any(model in part for part in f.parent.relative_to(root.parent).parts)})
     if not found:
         return [pytest.param(None, id=model, marks=pytest.mark.skip(reason=f"no golden set of {model} under {', '.join(map(str, ROOTS))}"))]
     return [pytest.param(f, id=f"{model}-{f.relative_to(root.parent)}") for f in found for root in ROOTS if root in f.parents]
@@ -188,3 +194,389 @@ def test_learning_rates(pix2pix):
     rates = lambda first, last: np.array([2e-4 * official_linear(e, ne, nd) for e in range(first, last + 1)])
     close(rates(1, n), pix2pix["lr_by_epoch"], 1e-12)
     close(rates(int(pix2pix["lr_resume_epoch_count"]), n), pix2pix["lr_by_epoch_resumed"], 1e-12)
+
+
+# ColTran. A key of configs.json is <case>_<network>; its files are <key>_variables.npz, <key>_io.npz and others.
+
+LOGITS, PROBABILITIES, LOSS, TIE = 2e-4, 1e-5, 1e-5, 1e-3  # absolute, absolute, relative; gap of logits below which an argmax is not compared
+
+
+def procedural(name, shape, seed):
+    """The weights that the sets' README describes: random numbers that depend on the variable's name and a seed."""
+    z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(int(np.prod(shape))).reshape(shape)
+    kind, logits = name.rsplit("/", 1)[1].removesuffix(":0"), "auto_logits" in name or "parallel_logits" in name
+    if kind == "kernel":
+        z = z / np.sqrt(shape[0] * (shape[1] if name.endswith("/output/kernel:0") else 1)) * (3 if logits else 1)
+    elif kind == "spatial_average":
+        z = 1 + 0.5 * z
+    elif kind == "gamma":
+        z = 1 + 0.3 * z
+    else:
+        z = {"bias": 0.3, "beta": 0.3, "position_embedding": 0.5, "relative_attention_bias": 0.7}[kind.rstrip("_01")] * z
+        if kind == "bias" and "conditional_layer_norm" in name:
+            z[: len(z) // 2] += 1
+    return z.astype(np.float32)
+
+
+def network(config):
+    """An untrained network of the official configuration."""
+    model, size = config["model"], (config["height"], config["width"])
+    if "decoder" not in model:
+        return Upsampler(model["name"].split("_")[0], *size, model["hidden_size"], model["num_heads"], model["ff_size"], model["num_encoder_layers"])
+    e, d = model["encoder"], model["decoder"]
+    conditions = Conditions("".join(t for t in "qkv" if d[f"cond_att_{t}"]), d["cond_att_scale"], d["cond_att_act"], d["cond_mlp"] or "", d["cond_mlp_act"],
+                            d["cond_ln_sp_ave"] if d["cond_ln"] else "", d["cond_ln_seq"], d["cond_ln_act"])
+    return Colorizer(*size, model["hidden_size"], d["num_heads"], d["ff_size"], e["num_encoder_layers"], d["num_outer_layers"], d["num_inner_layers"],
+                     e["num_heads"], e["ff_size"], conditions, d["skip"], "encoder" in model["stage"])
+
+
+class Case:
+    """One network of one case: its configuration, weights and files."""
+
+    def __init__(self, folder, key):
+        self.folder, self.key, self.config = folder, key, json.loads((folder / "configs.json").read_text())[key]
+
+    def load(self, suffix):
+        file = self.folder / f"{self.key}_{suffix}.npz"
+        if not file.exists():
+            pytest.skip(f"no {file.name} in {self.folder}")
+        return dict(np.load(file))
+
+    def variables(self, net):
+        """The official arrays: from a file or, where the set has none, made by the recipe, for which the other file tells the names."""
+        if (self.folder / f"{self.key}_variables.npz").exists():
+            return self.load("variables")
+        names = recounted(str(n) for n in self.load("io")["variable_names"])
+        return {names[n]: procedural(names[n], shape, self.config["weight_seed"]) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
+
+    def net(self):
+        net = network(self.config)
+        net.load_state_dict(official_state(self.variables(net), net, self.key))
+        return net.eval()
+
+
+def cases(*networks):
+    """All cases of these networks in all sets, as pytest parameters."""
+    folders = [(s.values[0], s.id) for s in sets("coltran", "configs.json") if s.values[0]]
+    found = [(Case(f, key), f"{name}-{key}") for f, name in folders for key in json.loads((f / "configs.json").read_text()) if key.endswith(networks)]
+    return parameters(found, f"configuration of a {' or '.join(networks)}")
+
+
+def files(pattern):
+    """(folder, what the star stands for) of all files of this pattern in all sets, as pytest parameters."""
+    folders, (start, _, end) = [(s.values[0], s.id) for s in sets("coltran", "configs.json") if s.values[0]], pattern.partition("*")
+    found = [((f, file.name.removeprefix(start).removesuffix(end)), f"{name}-{file.name}") for f, name in folders for file in sorted(f.glob(pattern))]
+    return parameters(found, pattern)
+
+
+def parameters(found, what):
+    nothing = pytest.param(None, id="coltran", marks=pytest.mark.skip(reason=f"no {what} of coltran under {', '.join(map(str, ROOTS))}"))
+    return [pytest.param(value, id=name) for value, name in found] or [nothing]
+
+
+def channels_first(images):
+    """(B,H,W,3) of a file to (B,3,H,W) long."""
+    return torch.tensor(images).long().movedim(-1, 1)
+
+
+def gray_of(pixels):
+    """(B,3,H,W) long to ColTran's gray, (B,H,W) long."""
+    return (luma(pixels.to(torch.uint8), "coltran") * 255).round().long()[:, 0]
+
+
+def compare(golden, tolerance, **ours):
+    """Those of ours that the file has, perhaps of the first images only; returns how many that were."""
+    stored = [(value, golden[n]) for name, value in ours.items() for n in (name, f"{name}_ex0") if n in golden]
+    for value, array in stored:
+        close(value[: len(array)], array, tolerance)
+    return len(stored)
+
+
+def compare_losses(golden, **ours):
+    assert any(name in golden for name in ours)
+    for name, value in ours.items():
+        if name in golden:
+            assert value.item() == pytest.approx(float(golden[name]), rel=LOSS), name
+
+
+def top_gap(logits):
+    first, second = logits.topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+@torch.no_grad()
+def check_teacher_forcing(net, golden):
+    rgb = channels_first(golden["rgb"])
+    gray, labels = gray_of(rgb), symbols_of(rgb)
+    close(gray[..., None], golden["gray"], 0)
+    close(labels, golden["labels"], 0)
+    z = net.encode(gray)
+    out = net(z, labels)
+    assert not out["upper"][:, 0].any()
+    assert compare(golden, LOGITS, z=z, h_upper=out["upper"], h_inner=out["inner"], dec_logits=out["logits"])
+    losses = dict(loss_auto=bits(out["logits"], labels))
+    if net.aux is not None:
+        logits = net.aux(z)
+        losses["loss_encoder"] = bits(logits, labels)
+        losses["total_loss_099_001"] = 0.99 * losses["loss_auto"] + 0.01 * losses["loss_encoder"]
+        compare(golden, LOGITS, enc_logits=logits)
+        close(pixels_of(logits.argmax(-1)).movedim(1, -1), golden["parallel_image"], 0)
+    compare_losses(golden, **losses)
+
+
+@torch.no_grad()
+def check_greedy(net, golden):
+    """Greedy symbols of the plain and of the fast sampler, exactly; float64 may not change a symbol either."""
+    gray, symbols = torch.tensor(golden["gray"])[..., 0].long(), torch.tensor(golden["argmax_bins"]).long()
+    plain = sample_plain(net, gray)
+    close(plain["symbols"], symbols, 0)
+    close(pixels_of(plain["symbols"]).movedim(1, -1), golden["argmax_image"], 0)
+    close(make_sampler(net, len(gray), temperature=0)(gray), symbols, 0)
+    probabilities = plain["logits"].softmax(-1)
+    compare(golden, PROBABILITIES, argmax_proba=probabilities)
+    compare(golden, LOGITS, argmax_logit_gap=top_gap(plain["logits"]))
+    if "teacher_forced_vs_sampler_max_dproba" in golden:
+        forced = net(net.encode(gray), symbols)["logits"].softmax(-1)
+        close((forced - probabilities).abs().max(), golden["teacher_forced_vs_sampler_max_dproba"], PROBABILITIES)
+    double = net.double()
+    close(sample_plain(double, gray)["symbols"], symbols, 0)
+    close(make_sampler(double, len(gray), temperature=0)(gray), symbols, 0)
+
+
+@pytest.mark.parametrize("case", cases("_colorizer"))
+def test_coltran_teacher_forcing(case):
+    check_teacher_forcing(case.net(), case.load("io"))
+
+
+@pytest.mark.parametrize("case", cases("_colorizer"))
+def test_coltran_greedy(case):
+    check_greedy(case.net(), case.load("io"))
+
+
+@pytest.mark.parametrize("case", cases("_upsampler"))
+@torch.no_grad()
+def test_coltran_upsampler(case):
+    net, golden = case.net(), case.load("io")
+    rgb, step = channels_first(golden["rgb"]), int(golden.get("logit_stride", 1))
+    gray, strided = gray_of(rgb), "_strided" if "logit_stride" in golden else ""
+    close(gray[..., None], golden["gray"], 0)
+    if net.kind == "color":
+        coarse = rgb // 32
+        compare(golden, 0, bits=coarse.movedim(1, -1))
+    else:
+        low = area(rgb, rgb.shape[2] // 4, rgb.shape[3] // 4)
+        coarse = enlarge(low)
+        compare(golden, 0, low=low.movedim(1, -1), low_up=coarse.movedim(1, -1))
+    channel, images = torch.tensor(golden["channel_index"]).long(), torch.arange(len(rgb))
+    train = net(coarse[images, channel], channel, gray)
+    each = torch.stack([net(coarse[:, c], torch.full((len(rgb),), c), gray) for c in range(3)], 3)
+    compare(golden, LOGITS, **{f"logits_train{strided}": train[:, ::step, ::step, None], f"logits_eval{strided}": each[:, ::step, ::step]})
+    compare_losses(golden, loss_train=bits(train, rgb[images, channel]), loss_eval=bits(each, rgb.movedim(1, -1)))
+    sure = torch.tensor(golden["argmax_logit_gap"]).float() >= TIE
+    for ours in (each.argmax(-1), upsample(net, coarse, gray).movedim(1, -1)):
+        close(ours[sure], golden["argmax"][sure.numpy()], 0)
+
+
+@pytest.mark.parametrize("found", files("*_end_to_end.npz"))
+@torch.no_grad()
+def test_coltran_end_to_end(found):
+    folder, name = found
+    golden = dict(np.load(folder / f"{name}_end_to_end.npz"))
+    nets = [Case(folder, f"{name}_{network}").net() for network in ("colorizer", "color_upsampler", "spatial_upsampler")]
+    rgb = square(channels_first(golden["image"][None]), golden["gray"].shape[1])
+    gray, gray_low = gray_of(rgb), gray_of(area(rgb, *golden["gray_low"].shape[1:3]))
+    stage1 = pixels_of(make_sampler(nets[0], 1, temperature=0)(gray_low))
+    stage2 = upsample(nets[1], stage1 // 32, gray_low)
+    ours = dict(gray=gray[:, None], gray_low=gray_low[:, None], stage1=stage1, stage2=stage2, stage2_up=enlarge(stage2), final=upsample(nets[2], enlarge(stage2), gray))
+    for n, image in ours.items():
+        close(image.movedim(1, -1), golden[n], 0)
+
+
+@pytest.mark.parametrize("found", files("*_colorizer_gradients.npz"))
+def test_coltran_gradients(found):
+    folder, name = found
+    case, golden = Case(folder, f"{name}_colorizer"), dict(np.load(folder / f"{name}_colorizer_gradients.npz"))
+    net, rgb = case.net(), channels_first(np.load(folder / f"{name}_train_io.npz")["batches"][0])
+    z, symbols = net.encode(gray_of(rgb)), symbols_of(rgb)
+    (0.99 * bits(net(z, symbols)["logits"], symbols) + 0.01 * bits(net.aux(z), symbols)).backward()
+    frozen = {n: np.zeros_like(a) for n, a in case.variables(net).items() if n not in golden}
+    expected, trained = official_state(golden | frozen, net), {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+    assert sum(g.numel() for g in trained.values()) == sum(a.size for a in golden.values())
+    for n, g in trained.items():
+        scale = expected[n].abs().max()
+        close(g / scale, expected[n] / scale, 3e-5)
+
+
+def trained_states(case, final_variables):
+    """Our state dicts of the final weights and of their averages, from two files or, where the set has none, from the checkpoint."""
+    if not final_variables.exists():
+        return [load_coltran(network(case.config), case.folder / f"{case.key}_checkpoint", ema=ema).state_dict() for ema in (False, True)]
+    net, final = network(case.config), dict(np.load(final_variables))
+    averages = dict(np.load(str(final_variables).replace("variables", "ema")))
+    return official_state(final, net), official_state(final | averages, net)
+
+
+@pytest.mark.parametrize("found", files("*_train_io.npz"))
+def test_coltran_training_steps(found, tmp_path):
+    """Official steps of RMSprop and of the moving average, made by the training loop. RMSprop divides a gradient by its own size, rounding included."""
+    folder, name = found
+    case, golden = Case(folder, f"{name}_colorizer"), dict(np.load(folder / f"{name}_train_io.npz"))
+    if case.config["height"] != case.config["width"]:
+        pytest.skip("ColTran trains on squares")
+    model = ColTran(4 * case.config["height"], dim=8, heads=1, ff=8)
+    model.net = case.net()
+    batches, lr = [channels_first(b).float() / 255 for b in golden["batches"]], 3e-4
+    options = dict(optimizer="rmsprop", lr=lr, schedule="constant", batch_size=len(batches[0]), seed=0, ema=dict(decay=0.999, start=0, every=1))
+    trainer = Trainer(model, Run(tmp_path, options), np.zeros((1, 1, 1, 3), np.uint8), np.arange(1), Budget(len(batches), "steps"), options)
+    tiny = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.net.named_parameters()}
+    for rgb, losses in zip(batches, golden["losses_auto_enc_total"]):
+        seen = train_step(trainer, dict(rgb=rgb))
+        trainer.step += 1
+        for term, value in zip(("auto", "aux", "net"), losses):
+            assert seen[term].item() == pytest.approx(value, rel=LOSS), (trainer.step, term)
+        for n, p in trainer.parts["net"].named_parameters():
+            tiny[n] |= (p.grad != 0) & (p.grad.abs() < 1e-5) if p.requires_grad else False
+    final, average = trained_states(case, folder / f"{name}_train_final_variables.npz")
+    for ours, expected, tolerance, tolerance_of_tiny in ((trainer.parts["net"], final, 1e-5, 2 * len(batches) * lr), (trainer.ema["net"].module, average, 1e-6, 1e-5)):
+        for n, p in ours.named_parameters():
+            difference = (p.detach() - expected[n]).abs()
+            assert (difference <= torch.where(tiny[n], tolerance_of_tiny, tolerance)).all(), (n, difference.max().item())
+
+
+@pytest.mark.parametrize("found", files("*_colorizer_checkpoint"))
+def test_coltran_checkpoint(found):
+    """A checkpoint that TensorFlow wrote: every key and number, and what the official code computes after restoring it."""
+    folder, name = found
+    case, path = Case(folder, f"{name}_colorizer"), folder / f"{name}_colorizer_checkpoint"
+    if (keys := folder / f"{path.name}_keys.json").exists():
+        assert {k: list(place.shape) for k, place in tensor_places(path)[0].items()} == json.loads(keys.read_text())
+    arrays = read_tf_checkpoint(path)
+    for kind, ending in (("variables", ":0"), ("ema", AVERAGE)):
+        if (file := folder / f"{name}_train_final_{kind}.npz").exists():
+            golden = dict(np.load(file))
+            assert len(golden) and all(np.array_equal(arrays[n.replace(":0", ending)], a) for n, a in golden.items())
+    net, raw = official_colorizer(path), load_coltran(network(case.config), path, ema=False)
+    assert {n: t.shape for n, t in net.state_dict().items()} == {n: t.shape for n, t in raw.state_dict().items()}
+    assert not torch.equal(net.head.weight, raw.head.weight)
+    golden = dict(np.load(folder / f"{name}_restored_ema_io.npz"))
+    check_teacher_forcing(net, golden)
+    check_greedy(net, golden)
+
+
+@pytest.mark.parametrize("folder", sets("coltran", "configs.json"))
+def test_coltran_recipe_of_the_weights(folder):
+    """The weights in the files are those of the recipe, so a set can do without them."""
+    configs = json.loads((folder / "configs.json").read_text())
+    stored = {key: dict(np.load(f)) for key in configs if (f := folder / f"{key}_variables.npz").exists()}
+    if not stored:
+        pytest.skip(f"no weights in {folder}")
+    for key, arrays in stored.items():
+        for n, a in arrays.items():
+            assert np.array_equal(a, procedural(n, a.shape, configs[key]["weight_seed"])), (key, n)
+
+
+@pytest.mark.parametrize("found", files("variables_*.json"))
+def test_coltran_variables(found):
+    """Every official variable has its place in our network, of the same shape; nothing of either is left over."""
+    golden = json.loads((found[0] / f"variables_{found[1]}.json").read_text())
+    shapes = {v["name"]: tuple(v["shape"]) for v in golden["variables"]}
+    height, width = (next(s[0] for n, s in shapes.items() if n.endswith(f"position_embedding_{i}:0")) for i in (0, 1))
+    with torch.device("meta"):
+        net = network(dict(model=golden["config"], height=height, width=width))
+    ours = {n: tuple(shape) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
+    assert ours == {n: shapes[official] for n, official in recounted(shapes).items()}
+    assert count_all(net) == (golden["total"], golden["trainable"])
+
+
+@pytest.mark.parametrize("found", files("preprocess_*.npz"))
+def test_coltran_preprocessing(found):
+    folder, name = found
+    golden = dict(np.load(folder / f"preprocess_{name}.npz"))
+    image = channels_first(golden["image"][None])
+    ours = dict(square=square(image), graymode_square=square(image[:, :1]))
+    ours |= dict(low=area(ours["square"], *golden["low"].shape[:2]), graymode_low=area(ours["graymode_square"], *golden["low"].shape[:2]))
+    ours["gray_low"] = gray_of(ours["low"])[:, None]
+    assert len(ours.keys() & golden.keys()) >= 3
+    for n in ours.keys() & golden.keys():
+        close(ours[n][0].movedim(0, -1), golden[n], 0)
+
+
+def paper_size(folder, net, table, seed):
+    """The network with the procedural weights of the paper's size; names come from a table of a network with as many layers or more."""
+    file = folder / f"variables_{table}.json"
+    if not file.exists():
+        pytest.skip(f"no {file.name} in {folder}")
+    names = recounted(v["name"] for v in json.loads(file.read_text())["variables"])
+    arrays = {names[n]: procedural(names[n], shape, seed) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
+    net.load_state_dict(official_state(arrays, net))
+    return net.eval(), sum(np.abs(a, dtype=np.float64).sum() for a in arrays.values())
+
+
+def at(logits, positions):
+    return logits[0, positions[:, 0], positions[:, 1]]
+
+
+@pytest.mark.parametrize("found", files("P_paper_size.npz"))
+@torch.no_grad()
+def test_coltran_paper_size_colorizer(found):
+    """Teacher forcing, and two greedy rows: the plain sampler's by teacher forcing on its symbols, which is the same by induction."""
+    folder = found[0]
+    golden = dict(np.load(folder / "P_paper_size.npz"))
+    net, total = paper_size(folder, Colorizer(), "colorizer_paper_1layer", 5100)
+    assert count_all(net) == tuple(golden["colorizer_num_params"]) and total == pytest.approx(float(golden["colorizer_abs_sum"]), rel=1e-9)
+    rgb = channels_first(golden["rgb"])
+    gray, labels = gray_of(rgb), symbols_of(rgb)
+    z = net.encode(gray)
+    logits, enc_logits = net(z, labels)["logits"], net.aux(z)
+    close(at(logits, golden["positions"]), golden["dec_logits_at"], LOGITS)
+    close(at(enc_logits, golden["positions"]), golden["enc_logits_at"], LOGITS)
+    compare_losses(golden, loss_auto=bits(logits, labels), loss_encoder=bits(enc_logits, labels))
+    for ours, name in ((logits, "dec_argmax"), (enc_logits, "enc_argmax")):
+        sure = top_gap(ours)[0] >= TIE
+        close(ours.argmax(-1)[0][sure], golden[name][sure.numpy()], 0)
+
+    symbols = torch.tensor(golden["greedy_first_rows_bins"]).long()
+    rows = len(symbols)
+    canvas = torch.zeros_like(labels)
+    canvas[0, :rows] = symbols
+    forced = net(z, canvas, "row")["logits"][0, :rows]
+    close(forced.argmax(-1), symbols, 0)
+    close(top_gap(forced), golden["greedy_first_rows_gap"], LOGITS)
+
+    s, terms = RowBuffers(net, 1, temperature=0), [[b.norm_terms(z, n) for b in blocks] for blocks, n in ((net.inner, "row"), (net.outer, "image"))]
+    kept, upper = [[z.new_zeros(1, *z.shape[2:0:-1], z.shape[3]) for _ in range(2)] for _ in net.outer[::2]], torch.zeros_like(z[:, 0])
+    for r in range(rows):
+        prepare_row(s, r, z, upper, terms[0], torch.no_grad)
+        draw_pixels(s)
+        close(s.drawn.T, symbols[r : r + 1], 0)
+        upper = summarize_row(net, r, s.drawn.T, z, terms[1], kept)
+
+
+@pytest.mark.parametrize("found", files("P_paper_size.npz"))
+@torch.no_grad()
+def test_coltran_paper_size_color_upsampler(found):
+    folder = found[0]
+    golden = dict(np.load(folder / "P_paper_size.npz"))
+    net, _ = paper_size(folder, Upsampler("color", 64, 64), "color_upsampler", 5101)
+    assert count_all(net)[0] == golden["color_num_params"]
+    rgb = channels_first(golden["rgb"])
+    logits = torch.stack([net(rgb[:, c] // 32, torch.tensor([c]), gray_of(rgb)) for c in range(3)], 3)
+    close(at(logits, golden["positions"]), golden["color_logits_at"], LOGITS)
+    sure = torch.tensor(golden["color_gap"]).float() >= TIE
+    close(logits.argmax(-1)[0][sure], golden["color_argmax"][sure.numpy()], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found", files("P_paper_size.npz"))
+@torch.no_grad()
+def test_coltran_paper_size_spatial_upsampler(found):
+    folder = found[0]
+    golden = dict(np.load(folder / "P_paper_size.npz"))
+    net, _ = paper_size(folder, Upsampler("spatial", 256, 256), "spatial_upsampler", 5102)
+    assert count_all(net)[0] == golden["spatial_num_params"]
+    rgb = channels_first(golden["rgb256"])
+    logits = net(enlarge(area(rgb, 64, 64))[:, 1], torch.tensor([1]), gray_of(rgb))
+    close(at(logits, golden["positions256"]), golden["spatial_logits_at_channel1"], LOGITS)
+    logits = logits[:, ::4, ::4]
+    sure = top_gap(logits)[0] >= TIE
+    close(logits.argmax(-1)[0][sure], golden["spatial_argmax_channel1_strided4"][sure.numpy()], 0)

@@ -5,17 +5,20 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from safetensors.numpy import save_file
 
 from faic.core import open_run, pick_device, repo_root, write_json
 from faic.metrics import METRICS, column
-from faic.plots import PAPER_TABLES, conclude, hypothesis_sentences, paper_figure, phase2_table, read_evidence
-from faic.plots import sample_file, save_figure, times_table, variants_table, verdict
+from faic.plots import MODEL_PARTS, PAPER_TABLES, conclude, figure11, hypothesis_sentences, paper_figure, phase2_table, read_evidence
+from faic.plots import sample_file, save_figure, times_table, training_table, variants_table, verdict
+from faic.presets import PARTS
 
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
 DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
-FILES = [f"{t}.{e}" for t in ("table1", "table2", "table3", "table4", "table_phase2") for e in ("csv", "md", "tex")]
-FILES += [f"figure{n}.{e}" for n in range(4, 11) for e in ("png", "pdf")] + ["hypothesis.md"]
+TABLES = ("table1", "table2", "table3", "table4", "table_phase2", "table_training")
+FILES = [f"{t}.{e}" for t in TABLES for e in ("csv", "md", "tex")]
+FILES += [f"figure{n}.{e}" for n in (1, *range(4, 12)) for e in ("png", "pdf")] + ["hypothesis.md"]
 
 
 def scores(fid, width=2.0, only=METRICS):
@@ -25,11 +28,11 @@ def scores(fid, width=2.0, only=METRICS):
     return {"n": 48, "dimension": 1280} | {column(m, LABEL, e): value[m] + s * half[m] if m in only else np.nan for m in METRICS for e, s in ends.items()}
 
 
-def run(phase, model, variant, rows, data=DATA, time="2031-05-05T12:00:00", seed=0, **options):
+def run(phase, model, variant, rows, data=DATA, time="2031-05-05T12:00:00", seed=0, sampling="", parts={}, **options):
     """A run folder as the study writes it: options, rows of metrics, noise as samples."""
     options = dict(phase=phase, model=model, preset="smoke", seed=seed, data=data, **options) | ({"variant": variant} if variant else {})
     made = open_run(options, pick_device("cpu"))
-    write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus", caution=CAUTION, credits="Photographs: noise.")))
+    write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus", caution=CAUTION, credits="Photographs: noise.", sampling=sampling, parts=parts)))
     (made.path / "samples").mkdir(exist_ok=True)
     for row in rows:
         made.add_metrics(row)
@@ -62,6 +65,13 @@ def model_runs(model, fid, lightness=("photograph",), seconds=0.05):
     return made
 
 
+def part_run(part, phase, steps, seconds, **options):
+    """A part as the study leaves it: no metrics, weights that know their steps and seconds."""
+    made = run("part", part, None, [], DATA | dict(train=120), of=phase, train=dict(batch_size=24), **options)
+    save_file({"x": np.zeros(1)}, made.path / "day-1.safetensors", metadata=dict(step=str(steps), seconds=str(seconds)))
+    return made
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
@@ -79,7 +89,7 @@ def execute(folder, **parameters):
 def test_nothing_was_run(folders):
     files = execute(folders)
     assert sorted(files) == sorted(FILES)
-    for name in ("table1", "table2", "table3", "table4", "table_phase2"):
+    for name in TABLES:
         for ending in ("md", "tex"):
             text = files[f"{name}.{ending}"].read_text()
             assert "not run" in text and "no runs" in text and "preset smoke" in text and "commit of this checkout" in text
@@ -122,14 +132,61 @@ def test_more_models_slot_in(folders):
     model_runs("pix2pix", 80.0)
     model_runs("coltran", 60.0, ("model", "photograph"), seconds=5.0)
     model_runs("bbdm", 61.0, ("model", "photograph"), seconds=1.0)
-    evidence = read_evidence("smoke", "embedded", 0)
+    for part, phase in itertools.product(MODEL_PARTS["coltran"], ("phase1", "phase2")):
+        part_run(part, phase, 40, 12.0, budget="40 steps")
+    evidence = read_evidence("smoke", "embedded", 0, dict(phase1="60 steps", phase2="300 steps"))
+    assert not any(n.startswith("Left out") for n in training_table(evidence).notes)
     sentences = hypothesis_sentences(evidence)
     assert "is not decided" in sentences[0]
     assert any("ColTran leads with 55.0" in s and "overlaps that of BBDM" in s for s in sentences)
-    assert not any("not run" in t.markdown().lower() for t in (phase2_table(evidence), times_table(evidence), variants_table("Table III", evidence)))
-    assert "factor-0.9, lightness photograph" in variants_table("Table II", evidence).view
+    assert not any("not run" in t.markdown().lower() for t in (phase2_table(evidence), times_table(evidence), training_table(evidence), variants_table("Table III", evidence)))
+    table = variants_table("Table II", evidence)
+    assert "factor-0.9, lightness photograph" in table.frame["entry"].tolist() and table.view.columns.tolist() == [*PAPER_TABLES["Table II"]["FID"], "gray image", "real photographs"]
+    assert phase2_table(evidence).view.loc["PSNR, dB, photograph's L", ["Pix2Pix", "ColTran", "gray image"]].tolist() == ["7.50 [5.50, 9.50]"] * 3
     files = [save_figure(paper_figure("Figure 9", evidence), folders / str(i), "f") for i in range(2)]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+def test_parts_stand_apart(folders):
+    """Steps and time of parts are shown, beside those of the main training; a part is never a model, and another phase's part no rival."""
+    model_runs("coltran", 60.0, ("model", "photograph"))
+    part_run("coltran_color", "phase1", 40, 12.0, budget="40 steps")
+    part_run("coltran_color", "phase2", 60, 3600.0, budget="60 steps")
+    part_run("coltran_color", "phase1", 99, 99.0, budget="99 steps", time="2030-01-01")
+    table = training_table(read_evidence("smoke", "embedded", 0, dict(phase1="60 steps", phase2="300 steps")))
+    rows = table.frame.set_index("entry")
+    assert rows.loc["ColTran, color upsampler, phase 1", ["step", "epochs", "training_seconds", "budget"]].tolist() == [40, 8, 12, "40 steps"]
+    assert rows.loc["ColTran, color upsampler, phase 2", ["step", "training_seconds"]].tolist() == [60, 3600]
+    assert rows.loc["ColTran, spatial upsampler, phase 1", "status"] == "not run"
+    assert [e for e in rows.index if e.startswith("ColTran, phase")] == [f"ColTran, phase 1: {v}" for v in PAPER_TABLES["Table II"]["FID"]] + ["ColTran, phase 2: default"]
+    assert "ColTran: 0:01:26 of training in its variants and days, and 1:00:12 beside that in its parts." in table.notes  # 4 x 9.5 + 47.5 s
+    assert sum("is newer" in n for n in table.notes) == 1
+    used = part_run("coltran_color", "phase1", 11, 1.0, budget="11 steps", time="2029-01-01")
+    run("phase1", "coltran", "mix-0.9", [dict(day=1, **scores(70.0))], parts=dict(coltran_color=used.path.name[-6:]))
+    rows = training_table(read_evidence("smoke", "embedded", 0)).frame.set_index("entry")
+    assert rows.loc["ColTran, color upsampler, phase 1", "step"] == 11, "the part that the runs name goes before a newer one"
+    assert rows.loc["ColTran, color upsampler, phase 2", "step"] == 60
+    assert "trained beside" in variants_table("Table II", read_evidence("smoke", "embedded", 0)).markdown()
+    assert {m: tuple(p) for m, p in MODEL_PARTS.items()} == PARTS
+
+
+def test_figure11_compares_upsamplers_and_nothing_else(folders):
+    baselines()
+    own, given, cooler = "norm=row, temperature=1, upsamplers=own:1a", "norm=row, temperature=1, upsamplers=official:2b", "norm=row, temperature=0, upsamplers=official:2b"
+    titles = lambda: [ax.get_title().split("\n")[:2] for ax in figure11(read_evidence("smoke", "embedded", 0)).axes if ax.get_title()]
+    assert titles() == [], "not run"
+    made = run("phase2", "coltran", "default", [dict(day=d, sampling=own, lightness=l, **scores(80.0 - d)) for d in (1, 2) for l in ("model", "photograph")], sampling=own)
+    assert titles() == [["gray"], ["ground truth"], ["own upsamplers", "FID 78.0"]]
+    for fid, day, sampling in ((50.0, 1, given), (60.0, 2, given), (40.0, 2, cooler)):
+        made.add_metrics(dict(day=day, sampling=sampling, lightness="model", **scores(fid)))
+        np.save(sample_file(made, day, sampling), np.zeros((8, 8, 8, 3), np.uint8))
+    assert titles()[2:] == [["own upsamplers", "FID 78.0"], ["given upsamplers", "FID 60.0"]]
+    evidence = read_evidence("smoke", "embedded", 0)
+    figure = figure11(evidence)
+    assert figure.axes[2].images[0].get_array().any() and not figure.axes[3].images[0].get_array().any(), "each column shows its own samples"
+    entries = phase2_table(evidence).frame.set_index("entry")[column("FID", LABEL)].to_dict()
+    assert entries["ColTran"] == 78 and entries["ColTran, sampling upsamplers=official:2b"] == 60
+    assert f"Sampling: {own}." in phase2_table(evidence).notes
 
 
 def test_what_is_left_out_is_said(folders):
