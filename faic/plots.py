@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'MODEL_PARTS', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'INTERVALS',
-           'TEX', 'PAPER_COLUMN', 'WORK_LINES', 'BASELINES', 'PHASES', 'WORK_COLUMN', 'TIME_LINES', 'INCHES', 'STYLE',
-           'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_name', 'Evidence', 'work_done_by', 'read_evidence', 'main_rows',
-           'judge_label', 'footer', 'interval_note', 'averaging_note', 'bias_note', 'collapses', 'run_notes', 'caution',
-           'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'value_text', 'score_view', 'baseline_rows',
-           'winner_of', 'variants_table', 'all_models', 'common_day', 'phase2_table', 'training_rows', 'clock',
-           'training_table', 'stage_times', 'times_table', 'style', 'add_footer', 'save_figure', 'diagram', 'box',
-           'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file', 'read_samples', 'credits',
-           'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7', 'verdict', 'conclude',
-           'against_gray', 'hypothesis_sentences', 'model_seconds']
+           'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES', 'WORK_COLUMN', 'TIME_LINES',
+           'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_name', 'Evidence', 'work_done_by',
+           'read_evidence', 'main_rows', 'judge_label', 'footer', 'interval_note', 'averaging_note', 'bias_note',
+           'collapses', 'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'value_text',
+           'score_view', 'baseline_rows', 'winner_of', 'variants_table', 'all_models', 'common_day', 'phase2_table',
+           'training_rows', 'clock', 'training_table', 'stage_times', 'times_table', 'style', 'add_footer',
+           'save_figure', 'diagram', 'box', 'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file',
+           'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7',
+           'verdict', 'conclude', 'against_gray', 'hypothesis_sentences', 'model_seconds']
 
 # %% ../nbs/04_plots.ipynb #b137c4cf
 import re, textwrap
@@ -82,7 +82,7 @@ class Evidence:
 
 def _made(run): return run.options['made']['time']
 
-# %% ../nbs/04_plots.ipynb #47fee6ed
+# %% ../nbs/04_plots.ipynb #c6f70f34
 def _place(run):
     "Where a run stands. Phase 2 trains one variant a model; a model that came trained stands beside it; a part stands by the phase it is for."
     o = run.options
@@ -100,6 +100,11 @@ def _missing(run): # what a run would need to stand on a page
     if run.options['phase'] == 'part': return '' if work_done_by(run) else 'its weights are not here'
     return 'not evaluated yet' if run.metrics().empty else ''
 
+def _unused(run, evidence): # is this a part, and do the runs on the page name another one?
+    o = run.options
+    named = {r.options['made'].get('parts', {}).get(o['model']) for (phase, *_), r in evidence.runs.items() if phase == o.get('of')} - {None}
+    return bool(named) and run.path.name[-6:] not in named
+
 def _said(evidence, key): return sorted({r.options['made'][key] for r in evidence.runs.values() if r.options['made'].get(key)})
 
 # %% ../nbs/04_plots.ipynb #da38455d
@@ -113,7 +118,7 @@ def work_done_by(run:Run)->dict: # step, training_seconds; empty where nothing i
     with safe_open(weights, 'np') as f: done = f.metadata()
     return dict(step=int(done['step']), training_seconds=float(done['seconds']))
 
-# %% ../nbs/04_plots.ipynb #6e1573e1
+# %% ../nbs/04_plots.ipynb #8b6b70e2
 def read_evidence(
     preset:str,
     data:str, # name of the data, e.g. 'embedded'
@@ -125,11 +130,12 @@ def read_evidence(
     found = sorted(filter(fits, read_runs(preset=preset)), key=_made, reverse=True)
     evidence = Evidence(preset, data, seed, {})
     wanted = _data(found[0])['fingerprint'] if found else None
-    for run in found:
+    for run in sorted(found, key=lambda r: r.options['phase'] == 'part'): # parts last: the other runs say which they use
         place, name = _place(run), run.path.name
         if _data(run)['fingerprint'] != wanted: why = f'other photographs: fingerprint {_data(run)["fingerprint"][:6]}, not {wanted[:6]}'
         elif _other_budget(run, budgets): why = f'budget {run.options["budget"]}, not {budgets[run.options["phase"]]}'
         elif missing := _missing(run): why = missing
+        elif _unused(run, evidence): why = 'the runs on this page use another'
         elif place in evidence.runs: why = f'{evidence.runs[place].path.name} is newer'
         else: evidence.runs[place] = run; continue
         evidence.left_out.append((*place[:2], f'Left out: {name} ({why}).'))
@@ -263,7 +269,7 @@ def save_table(
     for ending, text in (('csv', table.csv()), ('md', table.markdown()), ('tex', latex(table))): write_bytes(Path(folder)/f'{name}.{ending}', text.encode())
     return table
 
-# %% ../nbs/04_plots.ipynb #ed4fc3dd
+# %% ../nbs/04_plots.ipynb #4691aac3
 PAPER_COLUMN = 'FID, the paper' # the column of the paper's numbers
 
 def entry_rows(
@@ -277,6 +283,7 @@ def entry_rows(
     o, m, main = run.options, run.metrics(), main_rows(run)
     main = main[main['day'] == (day or main['day'].max())].iloc[-1]
     others = m[(m['day'] == main['day']) & (m.index != main.name)]
+    if 'sampling' in m: others = others.sort_values('sampling', key=lambda s: s != main['sampling'], kind='stable') # the main one's first
     rows = [(name, main, paper)] + [(f'{name}, {_how(r, main)}', r, np.nan) for _, r in others.iterrows()]
     status = 'baseline' if o['model'] == 'baseline' else 'run'
     more = {'variant': o.get('variant', '') if o['phase'] == 'phase2' and status == 'run' else '', 'budget': o.get('budget', ''), 'run': run.path.name}
@@ -291,7 +298,7 @@ def _how(row, main): # what is special about an evaluation
     differing = {k: [p for p in row[k].split(', ') if p not in main[k].split(', ')] for k in ('sampling', 'lightness') if isinstance(row.get(k), str)}
     return ', '.join(f'{k} {" ".join(parts)}' for k, parts in differing.items() if parts) or 'again'
 
-# %% ../nbs/04_plots.ipynb #87a26f63
+# %% ../nbs/04_plots.ipynb #afa7e367
 def value_text(
     row, # Series or dict with the column, and ' low' and ' high'
     name:str, # column
@@ -303,19 +310,31 @@ def value_text(
     if pd.isna(value): return 'n/a'
     return format(value, spec) + ('' if pd.isna(low) else f' [{low:{spec}}, {high:{spec}}]')
 
+# %% ../nbs/04_plots.ipynb #cad18d91
 def score_view(frame:pd.DataFrame, label:str)->pd.DataFrame: # strings, an entry a column
     "The rows of a score table as people read them."
-    rows, lines = frame.to_dict('records'), {}
+    rows, second = _with_second_lines(frame)
+    lines = {}
     if frame[PAPER_COLUMN].notna().any(): lines[PAPER_COLUMN] = ['n/a' if pd.isna(r[PAPER_COLUMN]) else f'{r[PAPER_COLUMN]:.2f}' for r in rows]
     for name, meaning in METRICS.items():
         c = column(name, label) if label else name
         shown = c in frame and frame[c].notna().any()
-        if shown or (name == 'FID' and not label): lines[c + f', {meaning.unit}'*bool(meaning.unit)] = [value_text(r, c, meaning.format) for r in rows]
+        title = c + f', {meaning.unit}'*bool(meaning.unit)
+        if shown or (name == 'FID' and not label): lines[title] = [value_text(r, c, meaning.format) for r in rows]
+        if shown and second: lines[title + PHOTOGRAPHS_L] = [value_text(r, c, meaning.format) for r in second]
     for c, title, spec in WORK_LINES:
         if c in frame and frame[c].notna().any(): lines[title] = [value_text(r, c, spec) for r in rows]
     for c in ('variant', 'budget', 'chosen'):
         if c in frame and (frame[c].fillna('') != '').any(): lines[c] = [_word(r, c) for r in rows]
-    return pd.DataFrame(lines, index=frame['entry']).T
+    return pd.DataFrame(lines, index=[r['entry'] for r in rows]).T
+
+PHOTOGRAPHS_L = ", photograph's L" # end of the name of a line in which every entry has the photograph's lightness
+
+def _with_second_lines(frame): # (rows that are columns of a view, for each of them the row with the photograph's lightness; [] where no model makes its own)
+    rows, ending = {r['entry']: r for r in frame.to_dict('records')}, ', lightness photograph'
+    again = {e: rows[e + ending] for e in rows if e + ending in rows}
+    columns = [r for e, r in rows.items() if e.removesuffix(ending) not in again or e in again]
+    return columns, [again.get(r['entry'], {} if r.get('lightness') == 'model' else r) for r in columns] if again else []
 
 WORK_LINES = (('n', 'images scored', ',.0f'), ('day', 'day', '.0f'), ('step', 'steps', ',.0f'), ('epochs', 'epochs', ',.1f'),
               ('training_seconds', 'training, s', ',.1f'))
@@ -334,19 +353,32 @@ def winner_of(evidence:Evidence, model:str): # dict of winner.json, or None
     files = [r.path/'winner.json' for (p, m, _), r in evidence.runs.items() if (p, m) == ('phase1', model)]
     return max((read_json(f) for f in files if f.exists()), key=lambda w: w['time'], default=None)
 
-# %% ../nbs/04_plots.ipynb #743cad1e
+# %% ../nbs/04_plots.ipynb #b8752385
 def _score_table(title, rows, evidence, phase, models, notes=()):
     frame, label = pd.DataFrame(rows), judge_label(evidence)
     shown = [n for n in METRICS if column(n, label) in frame and frame[column(n, label)].notna().any()]
     real = "The real photographs are scored against others: only the unpaired FID and IS mean something there."
     budgets = sorted({r['budget'] for r in rows if r.get('budget')})
     if len(budgets) > 1: notes = [f"The budgets differ ({', '.join(budgets)}): these entries must not be compared.", *notes]
-    if any('lightness photograph' in r['entry'] for r in rows): notes = [*notes, "Lightness photograph: the same answers, given the photograph's own lightness."]
-    notes = [*notes, *(f'Beside this, {model_name(m)} has parts that were trained apart (see Training done).' for m in models if any((p, q) == ('part', part) for p, q, _ in evidence.runs for part in MODEL_PARTS.get(m, ())))]
+    notes = [*notes, *_entry_notes(rows), *_part_notes(evidence, models)]
     said = [*notes, *([interval_note(shown), averaging_note(evidence), bias_note(frame), real] if shown else [])]
     said += [*(n for m in models for n in run_notes(evidence, phase, m)), *caution(evidence)]
     return Table(title, frame, score_view(frame, label), list(dict.fromkeys(filter(None, said))), footer(evidence))
 
+def _entry_notes(rows): # how the entries were sampled; whose lightness some of them have
+    names = {}
+    for r in rows:
+        if isinstance(r.get('sampling'), str) and not re.search(', (sampling|lightness) ', r['entry']): names.setdefault(r['sampling'], []).append(r['entry'])
+    if names: yield f"Sampling: {'; '.join(s if len(names) == 1 else ', '.join(of) + ': ' + s for s, of in names.items())}."
+    if any('lightness photograph' in r['entry'] for r in rows):
+        yield "Photograph's L: the same answers, given the photograph's own lightness; Pix2Pix and the gray image have it anyway."
+
+def _part_notes(evidence, models):
+    trained = {part for phase, part, _ in evidence.runs if phase == 'part'}
+    for m in models:
+        if trained & set(MODEL_PARTS.get(m, ())): yield f'{model_name(m)} has parts that were trained beside this (see Training done).'
+
+# %% ../nbs/04_plots.ipynb #f930dde3
 def variants_table(
     paper_table:str, # 'Table I', 'Table II' or 'Table III'
     evidence:Evidence,
@@ -386,8 +418,9 @@ def phase2_table(evidence:Evidence)->Table:
     title = 'Phase 2: the models on the test images' + (f' after day {day}' if day else '')
     return _score_table(title, rows + baseline_rows(evidence, 'phase2'), evidence, 'phase2', models, notes)
 
-# %% ../nbs/04_plots.ipynb #6afc6b08
+# %% ../nbs/04_plots.ipynb #92b59d56
 PHASES = ('phase1', 'phase2')
+WORK_COLUMN = 'the paper' # of PAPER_WORK
 
 def training_rows(evidence:Evidence)->list: # of dicts
     "A row a training run: a model's variants and days, then its parts; what was not run is one row."
@@ -411,22 +444,22 @@ def _training_row(model, phase, run, part):
     row |= dict(entry=f'{name}: {variant}' if variant else name, variant=variant, status='run', budget=o.get('budget', ''), run=run.path.name)
     return row | done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run))
 
-WORK_COLUMN = 'the paper'
-
+# %% ../nbs/04_plots.ipynb #07db3d9f
 def clock(seconds:float)->str: # 'h:mm:ss'
     "A duration, rounded to seconds."
     s = round(seconds)
     return f'{s//3600}:{s//60 % 60:02}:{s % 60:02}'
 
-# %% ../nbs/04_plots.ipynb #813e69a5
+# %% ../nbs/04_plots.ipynb #3630cab0
 def training_table(evidence:Evidence)->Table:
     "What training each model and each part got."
     rows = training_rows(evidence)
-    frame = pd.DataFrame(rows).reindex(columns=['entry', 'model', 'part', 'phase', 'variant', 'status', 'budget', 'step', 'epochs', 'training_seconds', WORK_COLUMN, 'run'])
+    frame = pd.DataFrame(rows)
+    frame = frame.reindex(columns=['entry', 'model', 'part', 'phase', 'variant', 'status', 'budget', 'step', 'epochs', 'training_seconds', WORK_COLUMN, 'run'])
     lines = {'budget': [_word(r, 'budget') for r in rows]}
     lines |= {title: [value_text(r, c, spec) for r in rows] for c, title, spec in WORK_LINES if c in ('step', 'epochs')}
     lines['time, h:mm:ss'] = ['not run' if r['status'] == 'not run' else clock(s) if pd.notna(s := r.get('training_seconds', np.nan)) else 'n/a' for r in rows]
-    lines['the paper'] = [r[WORK_COLUMN] or 'n/a' for r in rows]
+    lines[WORK_COLUMN] = [r[WORK_COLUMN] or 'n/a' for r in rows]
     parts = {m: ps for m, ps in MODEL_PARTS.items() if any(r['part'] in ps and r['status'] == 'run' for r in rows)}
     notes = [_share_note(m, rows) for m in parts] + ['A part goes on from phase 1 in phase 2; its line of phase 2 counts what came on top.']*bool(parts)
     notes += [n for ps in MODEL_PARTS.values() for part in ps for n in run_notes(evidence, 'part', part)] + caution(evidence)
@@ -437,12 +470,13 @@ def _share_note(model, rows):
     main, parts = (np.nansum([r.get('training_seconds', 0.) for r in rows if r['model'] == model and bool(r['part']) == part]) for part in (False, True))
     return f'{model_name(model)}: {clock(main)} of training in its variants and days, and {clock(parts)} beside that in its parts.'
 
-# %% ../nbs/04_plots.ipynb #3af72d87
+# %% ../nbs/04_plots.ipynb #da223b3f
 def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's stages first
     "The fastest timing of each stage of each model, projected to the paper's number of images."
     paper = PAPER_TABLES['Table IV']
     times = {m: r.metrics() for m in all_models(evidence) if (r := evidence.find('inference', m))}
-    stages = dict.fromkeys([*paper['hours'], *((m, s) for m, t in times.items() for s in t['stage'])])
+    known = {m for m, _ in paper['hours']} # of these only the paper's stages, whatever else was timed
+    stages = dict.fromkeys([*paper['hours'], *((m, s) for m, t in times.items() if m not in known for s in t['stage'])])
     rows = []
     for model, stage in stages:
         entry = model_name(model) + (f', {stage}' if stage != 'colorize' else '')
@@ -454,10 +488,10 @@ def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's s
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_plots.ipynb #cf22f979
+# %% ../nbs/04_plots.ipynb #3451c6f1
 TIME_LINES = (('side', 'side, px', '.0f'), ('images', 'images timed', '.0f'), ('batch_size', 'batch size', '.0f'),
               ('seconds_per_image', 'wall, s an image', '.4f'), ('cpu_seconds_per_image', 'CPU, s an image', '.4f'),
-              ('gflop_per_image', 'GFLOP an image', '.4g'), ('peak_share', "share of the machine's matrix rate", '.1%'))
+              ('gflop_per_image', 'GFLOP an image', '.4g'), ('peak_share', "share of the machine's matrix rate", '.1%'), ('peak_gb', 'peak memory, GB', '.2f'))
 
 def times_table(evidence:Evidence)->Table:
     "Table IV: time to colorize the paper's 5000 images, the paper's beside ours."
@@ -509,7 +543,7 @@ def save_figure(
         fig.savefig(folder/f'{name}.pdf', metadata={'CreationDate': None})
     return [folder/f'{name}.png', folder/f'{name}.pdf']
 
-# %% ../nbs/04_plots.ipynb #2c22b445
+# %% ../nbs/04_plots.ipynb #e18c0a6f
 def diagram(
     width:float, # inches
     height:float, # inches
@@ -520,6 +554,7 @@ def diagram(
     ax.set_axis_off()
     return fig, ax
 
+# %% ../nbs/04_plots.ipynb #f7e29e64
 def box(
     ax, # of a diagram
     x:float, # left
@@ -539,7 +574,7 @@ def box(
     if title: ax.text(x + width/2, y + height - .06, title, **more)
     return patch
 
-# %% ../nbs/04_plots.ipynb #b16fa81f
+# %% ../nbs/04_plots.ipynb #de7ef617
 def arrow(
     ax, # of a diagram
     a, # box that it leaves
@@ -550,19 +585,20 @@ def arrow(
     text:str='', # beside its middle
 ):
     "An arrow from box to box, of horizontal and vertical legs."
-    (x, y), (u, v) = a.get_bbox().min, a.get_bbox().max
-    start = dict(left=(x, y + at*(v - y)), right=(u, y + at*(v - y)), bottom=(x + at*(u - x), y), top=(x + at*(u - x), v))[side]
-    points = [start, *corners]
-    points.append(_entry(b, points[-1]))
-    ax.add_patch(FancyArrowPatch(path=Line(points), arrowstyle='-|>,head_length=3,head_width=1.3', mutation_scale=1, linewidth=.7, color='.25', capstyle='butt', joinstyle='miter'))
+    points = _way(a, b, side, at, corners)
+    ax.add_patch(FancyArrowPatch(path=Line(points), arrowstyle='-|>,head_length=3,head_width=1.3', mutation_scale=1, linewidth=.7,
+                                 color='.25', capstyle='butt', joinstyle='miter'))
     (x, y), (u, v) = points[len(points)//2 - 1:][:2]
     place = dict(y=y + .025, va='bottom') if y == v else dict(y=(y + v)/2, va='center', bbox=dict(facecolor='white', edgecolor='none', pad=1))
     if text: ax.text((x + u)/2, s=text, ha='center', fontsize=6.5, linespacing=1.1, **place)
 
-def _entry(b, point): # where a straight leg from a point meets box b
-    (left, low), (right, high), (x, y) = b.get_bbox().min, b.get_bbox().max, point
-    if left <= x <= right: return x, low if y < low else high
-    if low <= y <= high: return left if x < left else right, y
+def _way(a, b, side, at, corners): # the points of an arrow, from the edge of a to the edge of b
+    (x, y), (u, v) = a.get_bbox().min, a.get_bbox().max
+    start = dict(left=(x, y + at*(v - y)), right=(u, y + at*(v - y)), bottom=(x + at*(u - x), y), top=(x + at*(u - x), v))[side]
+    points = [start, *corners]
+    (left, low), (right, high), (x, y) = b.get_bbox().min, b.get_bbox().max, points[-1]
+    if left <= x <= right: return [*points, (x, low if y < low else high)]
+    if low <= y <= high: return [*points, (left if x < left else right, y)]
     raise ValueError(f'no straight way from ({x:.2f}, {y:.2f}) into the box from ({left:.2f}, {low:.2f}) to ({right:.2f}, {high:.2f}): give one more corner')
 
 # %% ../nbs/04_plots.ipynb #bc3d097c
@@ -588,7 +624,7 @@ def box_column(
     ax.text(edge + .02, (high + low)/2, rf'$\times${times}', va='center', fontsize=6.5)
     return frame
 
-# %% ../nbs/04_plots.ipynb #37e4e3b3
+# %% ../nbs/04_plots.ipynb #7e7e9869
 def sample_grid(
     columns:dict, # title -> (n,H,W,3) uint8, or a word that stands in their place; None: 'not run'
     title:str='',
@@ -604,7 +640,7 @@ def sample_grid(
         for (name, images), axis in zip(columns.items(), axes.T):
             axis[0].set_title(name, fontsize=7)
             for i, ax in enumerate(axis): _show(ax, images[i] if isinstance(images, np.ndarray) else images or 'not run', (height, width))
-        if title: fig.suptitle(title, fontsize=9)
+        if title: fig.suptitle(textwrap.fill(title, int(fig.get_figwidth()*13)), fontsize=9)
         if footer: add_footer(fig, *footer)
     return fig
 
@@ -616,7 +652,7 @@ def _show(ax, image, size):
     ax.spines[:].set_visible(False)
     ax.grid(False)
 
-# %% ../nbs/04_plots.ipynb #310a9238
+# %% ../nbs/04_plots.ipynb #ef151efd
 def day_curves(
     models:dict, # name -> DataFrame with 'day' and the metrics' columns; empty: not run
     label:str, # of the feature network
@@ -640,12 +676,12 @@ def _curve(ax, name, c, models, baselines, trained):
         if c not in t: ax.plot([], [], color=colours[model], label=f'{model}: not run'); continue
         sns.lineplot(t, x='day', y=c, ax=ax, color=colours[model], marker='o', label=model, legend=False)
         if f'{c} low' in t: ax.fill_between(t['day'], t[f'{c} low'].astype(float), t[f'{c} high'].astype(float), color=colours[model], alpha=.18, lw=0)
-        ax.set_xticks(t['day'].unique())
     for line, rows in ((':', baselines), ('--', trained)):
         for who, row in rows.items():
             colour = colours.get(who, '.25' if who == BASELINES['gray'] else 'tab:olive')
             if pd.notna(row.get(c)): ax.axhline(row[c], ls=line, lw=1, color=colour, label=who + ', pre-trained'*(line == '--'))
-    ax.set(xlabel='day', ylabel='', title=f"{c}{f', {m.unit}' if m.unit else ''} ({m.better} is better)")
+    days = {d for t in models.values() if 'day' in t for d in t['day']}
+    ax.set(xlabel='day', ylabel='', xticks=sorted(days), title=f"{c}{f', {m.unit}' if m.unit else ''} ({m.better} is better)")
 
 # %% ../nbs/04_plots.ipynb #d5a1a6ff
 def sample_file(
@@ -742,7 +778,7 @@ def figure11(evidence:Evidence):# -> matplotlib Figure
     versions = {UPSAMPLERS[w] + _fid(r, label): read_samples(run, r['day'], r['sampling']) for w, r in rows.items() if r is not None}
     return sample_grid(_reference(evidence, 'phase2') | versions | _trained_samples(trained, label), title, [*said, *credits(evidence)])
 
-# %% ../nbs/04_plots.ipynb #5a5967cb
+# %% ../nbs/04_plots.ipynb #51ee7b33
 def figure7(evidence:Evidence):# -> matplotlib Figure
     "Four metrics over the days of phase 2, all models, with baselines and, where one was given, a trained model."
     label, models = judge_label(evidence), all_models(evidence)
@@ -752,7 +788,8 @@ def figure7(evidence:Evidence):# -> matplotlib Figure
     trained = {model_name(m): last(r) for m in models if (r := evidence.find('phase2', m, 'pretrained'))}
     notes = [interval_note(['FID', 'PSNR', 'SSIM', 'IS'], 'Bands') if label else '']
     if BASELINES['real'] in baselines:
-        notes.append(f'"{BASELINES["real"]}", dotted in the panel of IS: the IS of the test photographs themselves. FID, PSNR and SSIM compare with them, so they have no line there.')
+        notes.append(f'"{BASELINES["real"]}", dotted in the panel of IS: the IS of the test photographs themselves. '
+                     'FID, PSNR and SSIM compare with them, so they have no line there.')
     notes += [*dict.fromkeys(n for m in models for n in run_notes(evidence, 'phase2', m)), *caution(evidence)]
     title, said = 'Figure 7. Phase 2: the test images over the days', [*notes, footer(evidence)]
     if all(t.empty for t in curves.values()): return not_run_figure(title, said)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'half_then_linear', 'official_linear', 'make_optimizer', 'CollapseWatch', 'TrainingStopped', 'Trainer',
-           'learning_rate_factor', 'train_step', 'look', 'saved_step', 'train_day', 'final', 'save_checkpoint',
-           'load_checkpoint', 'load_weights', 'work_done']
+           'learning_rate_factor', 'train_step', 'update_averages', 'averaged', 'look', 'saved_step', 'train_day',
+           'final', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'continue_from', 'load_weights',
+           'work_done']
 
 # %% ../nbs/30_train.ipynb #cde714cb
 import io, json, math, time
@@ -72,7 +73,7 @@ class TrainingStopped(RuntimeError):
 
 LOOK = 25 # steps between two looks at the losses
 
-# %% ../nbs/30_train.ipynb #d93e6a5f
+# %% ../nbs/30_train.ipynb #9ab98c9b
 class Trainer:
     "Trains one trainee within one run folder; made again with the same arguments, it continues."
     def __init__(self,
@@ -85,6 +86,7 @@ class Trainer:
         days:int=1, # parts of equal budget
         device=torch.device('cpu'),
         save_minutes:float=5, # between checkpoints, beside those at the end of a day
+        continues:Path=None, # last.pt of a finished run of the same networks, to begin with; not looked at once this run has a checkpoint
     ):
         self.trainee, self.run, self.array, self.indices = trainee, run, array, indices
         self.budget, self.options, self.days, self.device, self.save_minutes = budget, options, days, device, save_minutes
@@ -93,6 +95,7 @@ class Trainer:
         self.optimizers = {n: make_optimizer(p, options) for n, p in self.parameters.items()}
         ema = options.get('ema')
         self.ema = {n: AveragedModel(p, multi_avg_fn=get_ema_multi_avg_fn(ema['decay'])) for n, p in self.parts.items()} if ema else {}
+        if ema and ema['start'] == 0: update_averages(self) # the first update of an average is a copy
         self.generator = generator_for(options['seed'], 'training')
         self.watch = CollapseWatch()
         self.step, self.seconds, self.unseen, self.saved_at, self.logged_at = 0, 0., [], 0., -1.
@@ -101,7 +104,9 @@ class Trainer:
         elif (done := sum(self.day_weights(d).exists() for d in range(1, days + 1))) == days: pass # nothing is left to train
         elif done:
             raise TrainingStopped(f'{run.path} has finished days but no {self.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
-        else: (run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
+        else:
+            (run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
+            if continues: continue_from(self, continues)
 
     @property
     def checkpoint(self): return self.run.path/'last.pt'
@@ -116,7 +121,7 @@ class Trainer:
         "The file with the weights at the end of a day."
         return self.run.path/f'day-{day}.safetensors'
 
-# %% ../nbs/30_train.ipynb #1b57bd5b
+# %% ../nbs/30_train.ipynb #12b7e30c
 def learning_rate_factor(trainer:Trainer)->float:
     "The factor of the schedule named in the options at the trainer's present step."
     o = trainer.options
@@ -136,9 +141,16 @@ def train_step(trainer:Trainer, batch:dict)->dict: # part -> loss, still tensors
         optimizer.step()
         losses[part] = loss.detach()
     ema = trainer.options.get('ema')
-    if ema and trainer.fraction >= ema['start'] and trainer.step % ema['every'] == 0:
-        for name, average in trainer.ema.items(): average.update_parameters(trainer.parts[name])
+    if ema and (trainer.fraction >= ema['start'] or averaged(trainer)) and trainer.step % ema['every'] == 0: update_averages(trainer)
     return losses | getattr(trainer.trainee, 'terms', {})
+
+def update_averages(trainer:Trainer):
+    "Take the present weights into the averages."
+    for name, average in trainer.ema.items(): average.update_parameters(trainer.parts[name])
+
+def averaged(trainer:Trainer)->bool:
+    "Have the averages begun? (Their counters are on the CPU: asking does not wait for a GPU.)"
+    return any(average.n_averaged for average in trainer.ema.values())
 
 # %% ../nbs/30_train.ipynb #22309733
 def look(trainer:Trainer):
@@ -170,7 +182,7 @@ def saved_step(trainer:Trainer)->int:
     "The step of the checkpoint on disk."
     return torch.load(trainer.checkpoint, map_location='cpu', weights_only=True)['step']
 
-# %% ../nbs/30_train.ipynb #de1ad0a0
+# %% ../nbs/30_train.ipynb #3c602069
 def train_day(
     trainer:Trainer,
     day:int, # 1 ... days
@@ -209,9 +221,9 @@ def train_day(
 
 def final(trainer:Trainer, name:str, part):
     "The network that is evaluated: the average of its weights where one was made, else the part itself."
-    return trainer.ema[name].module if trainer.ema and trainer.ema[name].n_averaged else part
+    return trainer.ema[name].module if averaged(trainer) else part
 
-# %% ../nbs/30_train.ipynb #3b565c35
+# %% ../nbs/30_train.ipynb #3bde307e
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -223,21 +235,41 @@ def save_checkpoint(trainer:Trainer):
     write_bytes(t.checkpoint, buffer.getvalue())
     t.saved_at = t.seconds
 
-def load_checkpoint(trainer:Trainer):
-    "Go back to the state in last.pt; log lines of later steps are removed, as those steps are made again."
-    t = trainer
-    try: state = torch.load(t.checkpoint, map_location='cpu', weights_only=True)
+def read_checkpoint(path:Path)->dict:
+    "The state in a last.pt; a damaged file is an error that says what to do."
+    try: return torch.load(path, map_location='cpu', weights_only=True)
     except OSError: raise
     except Exception as e:
-        raise TrainingStopped(f'{t.checkpoint} is damaged ({type(e).__name__}); restore it from a copy, or move {t.run.path} away to train from the start') from e
-    for n, p in t.parts.items(): p.load_state_dict(state['parts'][n])
-    for n, o in t.optimizers.items(): o.load_state_dict(state['optimizers'][n])
-    for n, e in t.ema.items(): e.load_state_dict(state['ema'][n])
-    t.generator.set_state(state['generator'])
+        raise TrainingStopped(f'{path} is damaged ({type(e).__name__}); restore it from a copy, or move {path.parent} away to train from the start') from e
+
+def _restore(trainer, state): # all that is learned or drawn, but not how far the budget is used
+    for n, p in trainer.parts.items(): p.load_state_dict(state['parts'][n])
+    for n, o in trainer.optimizers.items(): o.load_state_dict(state['optimizers'][n])
+    for n, e in trainer.ema.items(): e.load_state_dict(state['ema'][n])
+    trainer.generator.set_state(state['generator'])
+
+def load_checkpoint(trainer:Trainer):
+    "Go back to the state in last.pt; log lines of later steps are removed, as those steps are made again."
+    t, state = trainer, read_checkpoint(trainer.checkpoint)
+    _restore(t, state)
     t.step, t.seconds, t.logged_at, t.watch.state, t.saved_at = state['step'], state['seconds'], state['logged_at'], state['watch'], state['seconds']
     log, kept = t.run.path/'log.jsonl', [e for e in t.run.events() if e.get('step', 0) <= t.step]
     lines = ''.join(json.dumps(e) + '\n' for e in kept)
     if log.exists() and log.read_text() != lines: write_bytes(log, lines.encode()) # a half-written last line goes, too
+
+# %% ../nbs/30_train.ipynb #1206d29e
+def continue_from(
+    trainer:Trainer, # at its step 0
+    path:Path, # last.pt of the run that it continues
+):
+    "Begin with the weights, optimizers, averages and random state of another run's end."
+    if not Path(path).exists():
+        raise TrainingStopped(f'{trainer.run.path.name} continues another run, whose {path} is missing; restore it, or move its folder away to train that one again')
+    state = read_checkpoint(Path(path))
+    try: _restore(trainer, state)
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise TrainingStopped(f'{path} is of other networks than {trainer.run.path.name}, which is to continue it: {e}') from e
+    trainer.run.log(event='continues', run=Path(path).parent.name, steps=state['step'])
 
 # %% ../nbs/30_train.ipynb #aaa50908
 def load_weights(
