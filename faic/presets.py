@@ -102,7 +102,7 @@ def part_budget(
     "How much training a part gets in a phase."
     return Budget.parse(PRESETS[preset]['parts'][part][('phase1', 'phase2').index(phase)])
 
-# %% ../nbs/31_presets.ipynb #fdd632fd
+# %% ../nbs/31_presets.ipynb #b5e9d99c
 def make_trainee(
     model:str, # one of MODELS, or a part
     options:dict, # see model_options
@@ -119,12 +119,12 @@ def make_trainee(
 def make_colorizer(
     model:str, # one of MODELS
     trainee, # trained, see make_trainee
-    sampling:dict, # for pix2pix: batch_norm; for coltran: temperature, norm
+    sampling:dict, # for pix2pix: batch_norm; for coltran: temperature, norm, and precision where it is not float32
     parts:dict={}, # name -> network, of the parts that the model needs; see parts_of
 ):
     "The function colorize(gray, generator) of a trained model."
     if model == 'pix2pix': return pix2pix_colorizer(trainee.G, sampling['batch_norm'], trainee.dropout)
-    if model == 'coltran': return coltran_colorizer(trainee.net, *(parts[p] for p in PARTS[model]), sampling['temperature'], sampling['norm'])
+    if model == 'coltran': return coltran_colorizer(trainee.net, *(parts[p] for p in PARTS[model]), sampling['temperature'], sampling['norm'], sampling.get('precision', 'float32'))
     raise ValueError(f'model is one of {", ".join(MODELS)}, got {model!r}')
 
 # %% ../nbs/31_presets.ipynb #765758dd
@@ -207,10 +207,10 @@ def given(
         return value
     return check
 
-# %% ../nbs/31_presets.ipynb #f641f89c
+# %% ../nbs/31_presets.ipynb #2a18d702
 PARAMETERS = dict(
     model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), variants=text, budget=budget_or_empty,
-    device=text, batch_norm=one_of('image', 'running'), temperature=at_least(0), upsamplers=text, pretrained=text,
+    device=text, batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
     photo=text, run=text, out=text, frame=one_of('whole', 'square'), images=whole(1),
 )
 

@@ -8,12 +8,12 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', '
            'refuse_other_data', 'evaluated', 'keep_samples', 'make_trainer', 'run_days', 'evaluate_day', 'unscored',
            'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights',
            'load_part', 'part_bits', 'ready_parts', 'given_parts', 'run_pretrained', 'rivals', 'crown', 'phase1_winner',
-           'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'flop_per_image', 'matrix_rate',
-           'time_colorizer', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study', 'data_name',
-           'results_folder', 'main']
+           'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate',
+           'stages_of', 'time_call', 'time_stages', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study',
+           'data_name', 'results_folder', 'main']
 
-# %% ../nbs/32_study.ipynb #0abe789f
-import argparse, io, logging, os, sys, tempfile, threading, time
+# %% ../nbs/32_study.ipynb #a059a42b
+import argparse, io, logging, os, resource, sys, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def sample_rows(count:int)->np.ndarray: # rows of a part
     "Which images of a part are kept as samples: evenly spread."
     return np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int)
 
-# %% ../nbs/32_study.ipynb #77f076a9
+# %% ../nbs/32_study.ipynb #e257d891
 def versions(
     copies_lightness:bool, # does the model?
 )->tuple: # of 'model', 'photograph'
@@ -90,18 +90,18 @@ def evaluate(
     batch_size:int=50,
 )->tuple: # (lightness -> row for metrics.csv, samples (8,H,W,3) uint8)
     "Colorize a part and score it: PSNR, SSIM, chroma error, colourfulness, FID paired and unpaired, KID, IS, with intervals."
-    own, *_ = scored = versions(copies_lightness)
+    scored = versions(copies_lightness)
     scores, seen, samples, began = {v: [] for v in scored}, {v: [] for v in scored}, [], time.monotonic()
     wanted, done = sample_rows(len(photos.parts[part])), 0
     batches = ordered_batches(photos, part, batch_size, gray_kind, device)
     for batch in progress(batches, desc=f'evaluating {part}', total=-(-len(photos.parts[part])//batch_size), leave=False):
         rgb = colorize(batch['gray'], [generator_for(seed, 'evaluate', int(i)) for i in batch['index']])
         for v in scored:
-            pixels = to_uint8(rgb if v == own else transfer_lightness(batch['rgb'], rgb))
+            pixels = to_uint8(rgb if v == scored[0] else transfer_lightness(batch['rgb'], rgb))
             fake = pixels.float()/255
             scores[v].append(image_scores(fake, batch['rgb']))
             seen[v].append([x.cpu() for x in judge(fake)])
-            if v == own: samples += [pixels[r - done].permute(1, 2, 0).cpu().numpy() for r in wanted if done <= r < done + len(pixels)]
+            if v == scored[0]: samples += [pixels[r - done].permute(1, 2, 0).cpu().numpy() for r in wanted if done <= r < done + len(pixels)]
         done += len(rgb)
     real, other = (features_of(photos, p, judge, device) for p in (part, OTHER[part]))
     rows = {v: dict(part=part, **_summary(scores[v], seen[v], real, other, judge.label, seed)) for v in scored}
@@ -538,14 +538,14 @@ def last_day(run:Run)->tuple: # (day, file of the weights)
     if not days: raise ValueError(f'{run.path.name} has no finished day yet')
     return days[-1]
 
-# %% ../nbs/32_study.ipynb #50efb8a6
-def flop_per_image(
-    colorize, # function (gray, generators) -> rgb
-    gray:Tensor, # (1,1,H,W) in [0,1]
+# %% ../nbs/32_study.ipynb #891800f3
+def count_flop(
+    f, # function without arguments, on CPU tensors
 )->int:
-    "Floating-point operations of one colorization (convolutions and matrix products)."
+    "Floating-point operations of a call (convolutions, matrix products, attention)."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: colorize(gray, [generator_for(0)])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): f()
     return counter.get_total_flops()
 
 def _synchronize(device):
@@ -553,11 +553,13 @@ def _synchronize(device):
 
 def matrix_rate(
     device,
+    dtype=torch.float32, # or torch.bfloat16
     times:int=5, # the best of these
 )->float: # FLOP a second
-    "The rate of a large product of float32 matrices, in the precision of convolutions."
+    "The rate of a large matrix product; in float32 with TF32 where convolutions use it."
     size = 8192 if device.type == 'cuda' else 2048
-    a, b, best, tf32 = torch.rand(size, size, device=device), torch.rand(size, size, device=device), 0., torch.backends.cuda.matmul.allow_tf32
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    best, tf32 = 0., torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     for _ in range(times):
         _synchronize(device)
@@ -568,28 +570,67 @@ def matrix_rate(
     torch.backends.cuda.matmul.allow_tf32 = tf32
     return best
 
-# %% ../nbs/32_study.ipynb #ad3a4db6
-def time_colorizer(
+# %% ../nbs/32_study.ipynb #67c78fd4
+def stages_of(
+    colorize, # function (gray, generators) -> rgb
+)->dict: # stage -> function (gray, what the stage before made, generators)
+    "The steps of a colorizer, in order."
+    return getattr(colorize, 'stages', {'colorize': lambda gray, before, generators: colorize(gray, generators)})
+
+def time_call(
+    f, # function without arguments
+    device,
+    images:int, # that one call works on
+    calls:int=3, # timed, after one to warm up
+)->dict: # seconds_per_image (wall: median; low and high: fastest and slowest), cpu_seconds_per_image (one thread, best of three; CPU only), peak_gb
+    "Time a call, per image."
+    seconds, threads = [], torch.get_num_threads()
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    f()
+    for _ in range(calls):
+        _synchronize(device)
+        start = time.perf_counter()
+        f()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    wall = {f'seconds_per_image{end}': float(of(seconds))/images for end, of in (('', np.median), (' low', min), (' high', max))}
+    if device.type == 'cuda': return wall | dict(cpu_seconds_per_image=np.nan, peak_gb=torch.cuda.max_memory_allocated(device)/1e9)
+    try:
+        torch.set_num_threads(1)
+        cpu = []
+        for _ in range(3):
+            start = time.process_time()
+            f()
+            cpu.append(time.process_time() - start)
+    finally: torch.set_num_threads(threads)
+    unit = 1 if sys.platform == 'darwin' else 1024 # of ru_maxrss, in bytes
+    return wall | dict(cpu_seconds_per_image=min(cpu)/images, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9)
+
+def time_stages(
     colorize, # function (gray, generators) -> rgb
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
-    batch_size:int,
-    images:int, # timed in all, at least; three batches at least
-)->dict: # batch_size, images, seconds_per_image (wall: median; low and high: fastest and slowest batch), cpu_seconds_per_image
-    "Time a colorizer at one batch size, after a warm-up."
-    batch = gray[torch.arange(batch_size) % len(gray)]
-    generators = [generator_for(0, 'evaluate', i) for i in range(batch_size)]
-    colorize(batch, generators)
-    wall, cpu = [], time.process_time()
-    for _ in range(max(3, -(-images//batch_size))):
-        _synchronize(batch.device)
-        start = time.perf_counter()
-        colorize(batch, generators)
-        _synchronize(batch.device)
-        wall.append(time.perf_counter() - start)
-    cpu = time.process_time() - cpu
-    seconds = {f'seconds_per_image{end}': float(f(wall))/batch_size for end, f in (('', np.median), (' low', min), (' high', max))}
-    return dict(batch_size=batch_size, images=len(wall)*batch_size, **seconds, cpu_seconds_per_image=cpu/len(wall)/batch_size)
+    batch_sizes:tuple,
+    images:int, # timed in all at each batch size, at least; three calls at least
+    patience:float=240., # seconds: a batch size whose timing would take longer, going by the one before, is left out
+)->list: # of dicts: stage, batch_size, images and what time_call says
+    "Time every stage of a colorizer at several batch sizes."
+    rows = []
+    for name in (stages := stages_of(colorize)):
+        last = None
+        for size in batch_sizes:
+            calls = max(3, -(-images//size))
+            if last and last*size*(calls + 7) > patience: continue # one thread takes about twice as long
+            batch, generators = gray[torch.arange(size) % len(gray)], [generator_for(0, 'evaluate', i) for i in range(size)]
+            before = None
+            for earlier, f in stages.items():
+                if earlier == name: break
+                before = f(batch, before, generators)
+            timed = time_call(lambda: stages[name](batch, before, [generator_for(0, 'evaluate', i) for i in range(size)]), gray.device, size, calls)
+            rows.append(dict(stage=name, batch_size=size, images=calls*size) | timed)
+            last = timed['seconds_per_image']
+    return rows
 
+# %% ../nbs/32_study.ipynb #d91a8d40
 def newest_weights(
     model:str,
     preset:str,

@@ -121,7 +121,7 @@ class Trainer:
         "The file with the weights at the end of a day."
         return self.run.path/f'day-{day}.safetensors'
 
-# %% ../nbs/30_train.ipynb #12b7e30c
+# %% ../nbs/30_train.ipynb #65fc81cd
 def learning_rate_factor(trainer:Trainer)->float:
     "The factor of the schedule named in the options at the trainer's present step."
     o = trainer.options
@@ -132,8 +132,10 @@ def learning_rate_factor(trainer:Trainer)->float:
 
 def train_step(trainer:Trainer, batch:dict)->dict: # part -> loss, still tensors
     "Update every part once."
-    losses, factor = {}, learning_rate_factor(trainer)
-    for part, loss in trainer.trainee.losses(batch, trainer.generator):
+    losses, factor, steps = {}, learning_rate_factor(trainer), iter(trainer.trainee.losses(batch, trainer.generator))
+    while True:
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.options.get('precision') == 'bfloat16'): part, loss = next(steps, (None, None))
+        if part is None: break
         optimizer = trainer.optimizers[part]
         for group in optimizer.param_groups: group['lr'] = trainer.options['lr']*factor
         optimizer.zero_grad(set_to_none=True)
