@@ -11,7 +11,7 @@ __all__ = ['FUTURE', 'ACTS', 'EPS', 'READ_COLOURS', 'PIXELS', 'CASTAGNOLI', 'STA
            'upsample', 'coltran_stages', 'coltran_colorizer', 'varint', 'fields', 'crc32c', 'masked', 'read_table',
            'TensorPlace', 'variable_name', 'checkpoint_prefix', 'tensor_places', 'read_tf_checkpoint', 'recounted',
            'official_layout', 'official_state', 'choose_variables', 'load_coltran', 'official_colorizer',
-           'official_upsamplers']
+           'official_upsampler']
 
 # %% ../nbs/21_coltran.ipynb #3499ac9e
 import math, re, struct
@@ -1240,7 +1240,7 @@ def _colorizer_like(shapes):
     aux = 'col_tran_core/parallel_logits/kernel:0' in shapes
     return Colorizer(height, width, dim, heads, ff, blocks//2, outer_layers, inner_layers, encoder_heads, encoder_ff, conditions, aux=aux)
 
-# %% ../nbs/21_coltran.ipynb #2ecb59e7
+# %% ../nbs/21_coltran.ipynb #b131e54b
 def _folder(folder, kind): # the one that holds a network
     found = [f for f in sorted(Path(folder).glob(f'{kind}*')) if f.is_dir()]
     if len(found) == 1 or found and found[0].name == kind: return found[0]
@@ -1254,9 +1254,11 @@ def official_colorizer(
     path = folder if not Path(folder).is_dir() or (Path(folder)/'checkpoint').is_file() else _folder(folder, 'colorizer')
     return load_coltran(_official(path, 'colorizer'), path).eval()
 
-def official_upsamplers(
-    folder:Path, # holds the folders color_upsampler* and spatial_upsampler*
-)->tuple: # (color Upsampler, spatial Upsampler), in eval mode
-    "Both upsamplers, of the sizes that their official checkpoints show, with their (averaged) weights."
-    paths = {kind: _folder(folder, kind) for kind in ('color_upsampler', 'spatial_upsampler')}
-    return tuple(load_coltran(_official(path, kind), path).eval() for kind, path in paths.items())
+def official_upsampler(
+    folder:Path, # of the upsampler's checkpoint, or one that holds it as color_upsampler* or spatial_upsampler*
+    kind:str, # 'color' or 'spatial'
+)->Upsampler: # in eval mode
+    "The upsampler whose sizes an official checkpoint shows, with its (averaged) weights."
+    name = f'{kind}_upsampler'
+    path = folder if (Path(folder)/'checkpoint').is_file() else _folder(folder, name)
+    return load_coltran(_official(path, name), path).eval()

@@ -8,12 +8,12 @@ __all__ = ['PAPER', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_FID', 'PAPER_WINNER', 
            'chosen_sampling', 'describe_sampling', 'official_folders', 'official_networks', 'official_name', 'at_least',
            'given', 'notebook_parameters', 'variants_of']
 
-# %% ../nbs/31_presets.ipynb #646efb94
+# %% ../nbs/31_presets.ipynb #c127f84a
 import hashlib, math
 from pathlib import Path
 from types import SimpleNamespace
 
-from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, official_colorizer, official_upsamplers
+from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, official_colorizer, official_upsampler
 from .core import Budget, budget_or_empty, check_params, comma_list, one_of, short_hash, text, whole
 from .pix2pix import Pix2Pix, pix2pix_colorizer
 from .plots import PAPER_TABLES
@@ -144,20 +144,21 @@ def describe_sampling(sampling:dict)->str:
     "How a row of metrics names its sampling, e.g. 'batch_norm=image'."
     return ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in sorted(sampling.items()))
 
-# %% ../nbs/31_presets.ipynb #e9d4cf36
+# %% ../nbs/31_presets.ipynb #9cd0fd94
 UPSAMPLERS = ('color_upsampler', 'spatial_upsampler') # folders of official checkpoints
 
 def official_folders(
     value:str, # 'official:/path'
-    networks:tuple=UPSAMPLERS, # that must be there
+    networks:tuple=UPSAMPLERS, # that may be there; with 'colorizer' all of them must
 )->dict: # network -> its folder
-    "The folders of official checkpoints that a parameter names; ValueError where one is missing."
+    "The folders of official checkpoints that a parameter names; ValueError where one is missing, or both of the upsamplers."
     if not text(value).startswith('official:'): raise ValueError("expected 'official:' and a folder, e.g. official:/my/coltran")
     root = Path(value.removeprefix('official:')).expanduser().resolve()
     found = {n: sorted(f for f in root.glob(f'{n}*') if (f/'checkpoint').is_file()) for n in networks} # published as color_upsampler_v2
     missing = [n for n in networks if not found[n]]
-    if missing: raise ValueError(f'expected {", ".join(networks)} in {root}, each with its file `checkpoint` and the files that this names; not there: {", ".join(missing)}')
-    return {n: folders[0] for n, folders in found.items()}
+    wanted = ", ".join(networks) if 'colorizer' in networks else ' or '.join(networks)
+    if missing and ('colorizer' in networks or len(missing) == len(networks)): raise ValueError(f'expected {wanted} in {root}, each with its file `checkpoint` and the files that this names; not there: {", ".join(missing)}')
+    return {n: folders[0] for n, folders in found.items() if folders}
 
 def official_networks(
     value:str, # 'official:/path'
@@ -165,14 +166,14 @@ def official_networks(
     networks:tuple=UPSAMPLERS, # with 'colorizer' first where that is wanted
 )->dict: # name -> network, in this order
     "Networks with official weights, of the size for this side; ValueError where they are missing, damaged or of another size."
-    root = next(iter(official_folders(value, networks).values())).parent
-    try: found = [official_colorizer(root)]*('colorizer' in networks) + [*official_upsamplers(root)]
+    read = lambda n, folder: official_colorizer(folder) if n == 'colorizer' else official_upsampler(folder, n.split('_')[0])
+    try: found = {n: read(n, folder) for n, folder in official_folders(value, networks).items()}
     except OSError as e: raise ValueError(str(e)) from e
     wanted = dict(colorizer=side//4, color_upsampler=side//4, spatial_upsampler=side)
-    sizes = {n: tuple(len(t) for t in (net.encoder.positions.rows, net.encoder.positions.columns)) for n, net in zip(networks, found)}
+    sizes = {n: tuple(len(t) for t in (net.encoder.positions.rows, net.encoder.positions.columns)) for n, net in found.items()}
     other = [f'{n} is for {h}x{w} pixels, not {wanted[n]}x{wanted[n]}' for n, (h, w) in sizes.items() if (h, w) != (wanted[n],)*2]
     if other: raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: ' + '; '.join(other) + '. The published ones need the preset paper (256x256)')
-    return dict(zip(networks, found))
+    return found
 
 # %% ../nbs/31_presets.ipynb #8bf21931
 def official_name(
@@ -183,7 +184,7 @@ def official_name(
     files = [(n, f) for n, folder in official_folders(value, networks).items() for f in sorted(folder.iterdir()) if f.name == 'checkpoint' or f.suffix == '.index']
     return 'official:' + short_hash([[n, f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for n, f in files])
 
-# %% ../nbs/31_presets.ipynb #fc5bee59
+# %% ../nbs/31_presets.ipynb #b3fc0f08
 def at_least(low:float):
     "A check: a number, `low` or more."
     def check(value):
@@ -195,13 +196,13 @@ def at_least(low:float):
 
 def given(
     plain:str, # what the parameter is when nothing is given: 'own' or ''
-    networks:tuple, # that a given folder must hold
+    networks:tuple, # that a given folder holds, see official_folders
     side:int=None, # of the photographs; None: not known, so the folder is only looked into
 ):
     "A check: `plain`, or 'official:/path' to checkpoints that fit."
     def check(value):
         if value == plain: return value
-        if not isinstance(value, str) or not value.startswith('official:'): raise ValueError(f"expected {plain!r} or 'official:/path' to a folder with {', '.join(networks)}")
+        if not isinstance(value, str) or not value.startswith('official:'): raise ValueError(f"expected {plain!r} or 'official:/path' to a folder with {(', ' if 'colorizer' in networks else ' or ').join(networks)}")
         if side: official_networks(value, side, networks)
         else: official_folders(value, networks)
         return value

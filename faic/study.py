@@ -12,7 +12,7 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', '
            'stages_of', 'time_call', 'time_stages', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study',
            'data_name', 'results_folder', 'main']
 
-# %% ../nbs/32_study.ipynb #a059a42b
+# %% ../nbs/32_study.ipynb #117c1d3f
 import argparse, io, logging, os, resource, sys, tempfile, threading, time
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .data import Photos, enlarged, list_files, ordered_batches, to_rgb
 from .metrics import image_scores, summarize
 from .plots import main_rows, sample_file
 from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, SAMPLING, UPSAMPLERS, describe_sampling, make_colorizer, make_trainee, model_options, official_name,
-                          official_networks, part_budget, parts_of)
+                          official_folders, official_networks, part_budget, parts_of)
 from .train import Trainer, load_weights, train_day, work_done
 
 # %% ../nbs/32_study.ipynb #78821b35
@@ -286,7 +286,7 @@ def run_baselines(
         keep_samples(real, np.asarray(photos.array[photos.parts[part][sample_rows(len(photos.parts[part]))]]))
         real.add_metrics(dict(day=1, **evaluate_real(photos, part, judge, device)))
 
-# %% ../nbs/32_study.ipynb #4a66fdee
+# %% ../nbs/32_study.ipynb #91c37729
 def part_options(
     part:str, # e.g. 'coltran_color'
     phase:str, # 'phase1' or 'phase2'
@@ -309,7 +309,9 @@ def named_sampling(
 )->dict:
     "The sampling with the name of the upsamplers in place of where they come from: 'own:<runs>' or 'official:<hash>'."
     if 'upsamplers' not in sampling: return sampling
-    return sampling | dict(upsamplers='own:' + '+'.join(parts.values()) if sampling['upsamplers'] == 'own' else official_name(sampling['upsamplers']))
+    if sampling['upsamplers'] == 'own': return sampling | dict(upsamplers='own:' + '+'.join(parts.values()))
+    own = [f'own:{h}' for h, n in zip(parts.values(), UPSAMPLERS) if n not in official_folders(sampling['upsamplers'])] # of which none is given
+    return sampling | dict(upsamplers='+'.join([official_name(sampling['upsamplers']), *own]))
 
 # %% ../nbs/32_study.ipynb #bdbc6291
 def train_part(
@@ -361,7 +363,7 @@ def part_bits(
     run.log(event='validation', step=work_done(part_weights(run))['step'], bits=losses/images, images=images)
     return losses/images
 
-# %% ../nbs/32_study.ipynb #f6819d3e
+# %% ../nbs/32_study.ipynb #898866c5
 def ready_parts(
     model:str,
     phase:str, # 'phase1' or 'phase2'
@@ -375,17 +377,18 @@ def ready_parts(
     "The parts that a model needs: found, trained, or given."
     names = parts_of(model)
     if not names: return {}, sampling
-    if sampling['upsamplers'] != 'own': networks = given_parts(model, sampling['upsamplers'], photos.side, device)
-    else:
-        bar = progress(names, desc=f'parts of {model}', unit='part', total=len(names) + others, leave=False)
-        runs = [train_part(n, phase, preset, seed, photos, device) for n in bar]
-        networks = {n: load_part(part_weights(r), r, device) for n, r in zip(names, runs)}
-    return networks, named_sampling(sampling, own_parts(model, phase, preset, seed, photos))
+    networks = {} if sampling['upsamplers'] == 'own' else given_parts(model, sampling['upsamplers'], photos.side, device)
+    bar = progress(names, desc=f'parts of {model}', unit='part', total=len(names) + others, leave=False)
+    runs = {n: train_part(n, phase, preset, seed, photos, device) for n in bar if n not in networks}
+    networks |= {n: load_part(part_weights(r), r, device) for n, r in runs.items()}
+    return {n: networks[n] for n in names}, named_sampling(sampling, own_parts(model, phase, preset, seed, photos))
 
 def given_parts(model:str, given:str, side:int, device)->dict: # part -> network
     "The parts of a model from given checkpoints; says where they come from."
-    print(f'{", ".join(parts_of(model))}: given, {given}')
-    return {n: net.to(device).eval() for n, net in zip(parts_of(model), official_networks(given, side).values())}
+    networks = official_networks(given, side)
+    found = {p: networks[n].to(device) for p, n in zip(parts_of(model), UPSAMPLERS) if n in networks}
+    print(f'{", ".join(found)}: given, {given}')
+    return found
 
 # %% ../nbs/32_study.ipynb #a2ee6077
 def run_pretrained(
@@ -503,7 +506,7 @@ def find_photographs(
         taken.add(targets[f])
     return targets
 
-# %% ../nbs/32_study.ipynb #fb378116
+# %% ../nbs/32_study.ipynb #d36f1c58
 def find_run(
     name:str='', # a run's folder, its name in runs_dir(), or '' for the newest run of phase 2 with weights
 )->Run:
@@ -523,14 +526,16 @@ def find_parts(
     device,
 )->dict: # part -> network
     "The parts that a run's model needs: its own, whose folders lie beside the run's, or given ones."
-    o, networks = run.options, {}
-    if parts_of(o['model']) and sampling['upsamplers'] != 'own': return given_parts(o['model'], sampling['upsamplers'], o['data']['side'], device)
+    o = run.options
+    given = parts_of(o['model']) and sampling['upsamplers'] != 'own'
+    networks = given_parts(o['model'], sampling['upsamplers'], o['data']['side'], device) if given else {}
     for part, digits in o['made'].get('parts', {}).items():
+        if part in networks: continue
         folders = [f for f in run.path.parent.glob(f'part-{part}-*-{digits}') if part_weights(Run(f, {})).exists()]
         if not folders:
             raise FileNotFoundError(f'{run.path.name} needs its part {part}, but {run.path.parent} has no trained part-{part}-...-{digits}; copy it there, or give upsamplers')
         networks[part] = load_part(part_weights(Run(folders[0], {})), Run(folders[0], read_json(folders[0]/'options.json')), device)
-    return networks
+    return {n: networks[n] for n in parts_of(o['model'])}
 
 def last_day(run:Run)->tuple: # (day, file of the weights)
     "The weights of a run's last finished day."

@@ -14,12 +14,12 @@ def generators(*images):
 def test_fast_sampler_on_cuda_equals_plain_on_cpu():
     net = init_weights(Colorizer(8, 8, 32, 4, 32, outer_layers=2, inner_layers=2)).double()
     gray = torch.randint(256, (3, 8, 8), generator=generator_for(1))
-    plain = {t: sample_plain(net, gray, generators(0, 1, 2) if t else None, t or 1)["symbols"] for t in (0, 1)}
+    cases = [(t, norm, seeds) for t in (0, 1) for norm in ("row", "image") for seeds in ((0, 1, 2), (3, 4, 5))]
+    plain = {c: sample_plain(net, gray, generators(*c[2]), c[0], c[1])["symbols"] for c in cases}
     net.cuda()
-    for t in (0, 1):
-        sampler = make_sampler(net, 3, t)
-        for _ in range(2):  # the graph is replayed for a second batch
-            assert torch.equal(sampler(gray.cuda(), generators(0, 1, 2)).cpu(), plain[t])
+    samplers = {(t, norm): make_sampler(net, 3, t, norm) for t, norm, _ in cases}  # each is replayed for a second batch
+    for t, norm, seeds in cases:
+        assert torch.equal(samplers[t, norm](gray.cuda(), generators(*seeds)).cpu(), plain[t, norm, seeds]), (t, norm, seeds)
 
 
 @pytest.mark.slow

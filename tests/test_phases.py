@@ -351,6 +351,17 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, of
     assert len(list(run.path.glob("samples/day-*.npy"))) == 10
 
 
+def test_one_given_upsampler_and_one_of_ours(copied_runs, official, tmp_path):
+    shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
+    photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
+    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, CPU)
+    own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], CPU)
+    assert list(parts) == list(own) and parts["coltran_color"].head.in_features == 8, "the given color upsampler ..."
+    assert torch.equal(parts["coltran_spatial"].head.weight, own["coltran_spatial"].head.weight), "... with our spatial one"
+    (spatial,) = [r.path.name[-6:] for r in read_runs(phase="part", model="coltran_spatial", of="phase2")]
+    assert sampling["upsamplers"].startswith("official:") and sampling["upsamplers"].endswith(f"+own:{spatial}")
+
+
 def test_a_given_model_is_scored_once_beside_ours(official, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos()
