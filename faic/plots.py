@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'MODEL_PARTS', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'INTERVALS',
            'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES', 'WORK_COLUMN', 'TIME_LINES',
-           'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_name', 'Evidence', 'work_done_by',
-           'read_evidence', 'main_rows', 'judge_label', 'footer', 'interval_note', 'averaging_note', 'bias_note',
-           'collapses', 'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'value_text',
-           'score_view', 'baseline_rows', 'winner_of', 'variants_table', 'all_models', 'common_day', 'phase2_table',
-           'training_rows', 'clock', 'training_table', 'stage_times', 'times_table', 'style', 'add_footer',
-           'save_figure', 'diagram', 'box', 'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file',
-           'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7',
-           'verdict', 'conclude', 'against_gray', 'hypothesis_sentences', 'model_seconds']
+           'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_name', 'Evidence', 'read_evidence', 'main_rows',
+           'judge_label', 'footer', 'interval_note', 'averaging_note', 'bias_note', 'collapses', 'run_notes', 'caution',
+           'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'value_text', 'score_view', 'baseline_rows',
+           'winner_of', 'variants_table', 'all_models', 'common_day', 'phase2_table', 'training_rows', 'clock',
+           'training_table', 'stage_times', 'times_table', 'style', 'add_footer', 'save_figure', 'diagram', 'box',
+           'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file', 'read_samples', 'credits',
+           'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7', 'verdict', 'conclude',
+           'against_gray', 'hypothesis_sentences', 'model_seconds']
 
-# %% ../nbs/04_plots.ipynb #b137c4cf
+# %% ../nbs/04_plots.ipynb #87efc86f
 import re, textwrap
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Line
-from safetensors import safe_open
 
 from .core import Run, pick_device, provenance, read_json, read_runs, write_bytes
 from .metrics import METRICS, column
@@ -82,7 +81,7 @@ class Evidence:
 
 def _made(run): return run.options['made']['time']
 
-# %% ../nbs/04_plots.ipynb #c6f70f34
+# %% ../nbs/04_plots.ipynb #d98d4727
 def _place(run):
     "Where a run stands. Phase 2 trains one variant a model; a model that came trained stands beside it; a part stands by the phase it is for."
     o = run.options
@@ -96,10 +95,6 @@ def _other_budget(run, budgets):
     o = run.options
     return 'budget' in o and o['budget'] != budgets.get(o['phase'], o['budget'])
 
-def _missing(run): # what a run would need to stand on a page
-    if run.options['phase'] == 'part': return '' if work_done_by(run) else 'its weights are not here'
-    return 'not evaluated yet' if run.metrics().empty else ''
-
 def _unused(run, evidence): # is this a part, and do the runs on the page name another one?
     o = run.options
     named = {r.options['made'].get('parts', {}).get(o['model']) for (phase, *_), r in evidence.runs.items() if phase == o.get('of')} - {None}
@@ -107,18 +102,7 @@ def _unused(run, evidence): # is this a part, and do the runs on the page name a
 
 def _said(evidence, key): return sorted({r.options['made'][key] for r in evidence.runs.values() if r.options['made'].get(key)})
 
-# %% ../nbs/04_plots.ipynb #da38455d
-def work_done_by(run:Run)->dict: # step, training_seconds; empty where nothing is known
-    "How much training is behind a run: behind its last evaluation or, of a part, behind its last weights."
-    if run.options['phase'] != 'part':
-        m = main_rows(run)
-        return m.iloc[-1][['step', 'training_seconds']].to_dict() if 'step' in m else {}
-    weights = max(run.path.glob('day-*.safetensors'), key=lambda f: int(f.stem[4:]), default=None)
-    if weights is None: return {}
-    with safe_open(weights, 'np') as f: done = f.metadata()
-    return dict(step=int(done['step']), training_seconds=float(done['seconds']))
-
-# %% ../nbs/04_plots.ipynb #8b6b70e2
+# %% ../nbs/04_plots.ipynb #028f7404
 def read_evidence(
     preset:str,
     data:str, # name of the data, e.g. 'embedded'
@@ -134,7 +118,7 @@ def read_evidence(
         place, name = _place(run), run.path.name
         if _data(run)['fingerprint'] != wanted: why = f'other photographs: fingerprint {_data(run)["fingerprint"][:6]}, not {wanted[:6]}'
         elif _other_budget(run, budgets): why = f'budget {run.options["budget"]}, not {budgets[run.options["phase"]]}'
-        elif missing := _missing(run): why = missing
+        elif run.metrics().empty: why = 'not evaluated yet'
         elif _unused(run, evidence): why = 'the runs on this page use another'
         elif place in evidence.runs: why = f'{evidence.runs[place].path.name} is newer'
         else: evidence.runs[place] = run; continue
@@ -418,7 +402,7 @@ def phase2_table(evidence:Evidence)->Table:
     title = 'Phase 2: the models on the test images' + (f' after day {day}' if day else '')
     return _score_table(title, rows + baseline_rows(evidence, 'phase2'), evidence, 'phase2', models, notes)
 
-# %% ../nbs/04_plots.ipynb #92b59d56
+# %% ../nbs/04_plots.ipynb #1f7eb8a3
 PHASES = ('phase1', 'phase2')
 WORK_COLUMN = 'the paper' # of PAPER_WORK
 
@@ -440,7 +424,8 @@ def _training_row(model, phase, run, part):
     name, paper = f'{model_name(part or model)}, phase {phase[-1]}', PAPER_WORK.get(part or model, ('', ''))[PHASES.index(phase)]
     row = dict(entry=name, model=model, part=part, phase=phase, variant='', status='not run', **{WORK_COLUMN: paper})
     if run is None: return row
-    o, done, variant = run.options, work_done_by(run), '' if part else run.options['variant']
+    o, variant = run.options, '' if part else run.options['variant']
+    done = main_rows(run).iloc[-1].reindex(['step', 'training_seconds']).dropna().to_dict()
     row |= dict(entry=f'{name}: {variant}' if variant else name, variant=variant, status='run', budget=o.get('budget', ''), run=run.path.name)
     return row | done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run))
 

@@ -344,7 +344,7 @@ def load_part(weights:Path, run:Run, device): # network
     (network,) = load_weights(make_trainee(run.options['model'], run.options['train']), weights, device).parts().values()
     return network
 
-# %% ../nbs/32_study.ipynb #b6fbdaf5
+# %% ../nbs/32_study.ipynb #9b818d0d
 @torch.no_grad()
 def part_bits(
     run:Run, # of a trained part
@@ -352,15 +352,15 @@ def part_bits(
     device,
     limit:int=200, # photographs
 )->float:
-    "Mean loss of a part on the validation part, in bits a value; measured once, then read from the log."
-    known = [e['bits'] for e in run.events() if e.get('event') == 'validation']
-    if known: return known[0]
+    "Mean loss of a part on the validation part, in bits a value; measured once and kept in its metrics.csv."
+    known = run.metrics()
+    if len(known): return float(known['bits'].iloc[-1])
     trainee = load_weights(make_trainee(run.options['model'], run.options['train']), part_weights(run), device)
     generator, losses, images = generator_for(run.options['seed'], 'bits'), 0., 0
     for batch in ordered_batches(photos, 'validation', run.options['train']['batch_size'], trainee.gray_kind, device, limit):
         ((_, loss),) = trainee.losses(batch, generator)
         losses, images = losses + float(loss)*len(batch['index']), images + len(batch['index'])
-    run.log(event='validation', step=work_done(part_weights(run))['step'], bits=losses/images, images=images)
+    run.add_metrics(dict(day=1, **work_done(part_weights(run)), part='validation', n=images, bits=losses/images))
     return losses/images
 
 # %% ../nbs/32_study.ipynb #898866c5
