@@ -239,7 +239,7 @@ def test_phase2_alone_trains_the_parts_of_both_phases(coltran_runs):
         first, second = (read_runs(phase="part", model=part, of=phase)[0] for phase in ("phase1", "phase2"))
         steps, more = (int(PRESETS["smoke"]["parts"][part][i].split()[0]) for i in (0, 1))
         assert (first.options["data"]["train"], second.options["data"]["train"]) == (72, 120), "phase 1's part sees phase 1's photographs only"
-        assert first.events()[-2]["step"] == steps and second.events()[-2]["step"] == more
+        assert (first.metrics()["step"].item(), second.metrics()["step"].item()) == (steps, more) and 0 < first.metrics()["bits"].item() < 10
         begun = second.events()[0]
         assert (begun["event"], begun["run"], begun["steps"]) == ("continues", first.path.name, steps)
         assert f"{part}: trained {first.path.name}: {steps} steps on the 72 photographs" in said
