@@ -455,7 +455,7 @@ def _share_note(model, rows):
     main, parts = (np.nansum([r.get('training_seconds', 0.) for r in rows if r['model'] == model and bool(r['part']) == part]) for part in (False, True))
     return f'{model_name(model)}: {clock(main)} of training in its variants and days, and {clock(parts)} beside that in its parts.'
 
-# %% ../nbs/04_plots.ipynb #da223b3f
+# %% ../nbs/04_plots.ipynb #807152c6
 def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's stages first
     "The fastest timing of each stage of each model, projected to the paper's number of images."
     paper = PAPER_TABLES['Table IV']
@@ -467,13 +467,14 @@ def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's s
         entry = model_name(model) + (f', {stage}' if stage != 'colorize' else '')
         row = dict(entry=entry, model=model, stage=stage, paper=paper['hours'].get((model, stage)), status='not run')
         timed = times[model][times[model]['stage'] == stage] if model in times else ()
+        if 'precision' in timed: timed = timed[timed['precision'] == 'float32'] # as the pictures of the other tables were made
         if len(timed):
             fastest = timed.loc[timed['seconds_per_image'].idxmin()].to_dict()
             row |= dict(fastest, status='run', projected_seconds=fastest['seconds_per_image']*paper['images'])
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_plots.ipynb #3451c6f1
+# %% ../nbs/04_plots.ipynb #7a1deeb2
 TIME_LINES = (('side', 'side, px', '.0f'), ('images', 'images timed', '.0f'), ('batch_size', 'batch size', '.0f'),
               ('seconds_per_image', 'wall, s an image', '.4f'), ('cpu_seconds_per_image', 'CPU, s an image', '.4f'),
               ('gflop_per_image', 'GFLOP an image', '.4g'), ('peak_share', "share of the machine's matrix rate", '.1%'), ('peak_gb', 'peak memory, GB', '.2f'))
@@ -487,7 +488,7 @@ def times_table(evidence:Evidence)->Table:
              'here, h:mm:ss': [clock(r['projected_seconds']) if r['status'] == 'run' else 'not run' for r in rows]}
     for c, title, spec in TIME_LINES:
         if c in run: lines[title] = [value_text(r, c, spec) for r in rows]
-    notes = ["Medians over repetitions, at the fastest of the batch sizes that were timed. The paper's is an average, at a side of 256.",
+    notes = ["Medians over repetitions, in float32, at the fastest of the batch sizes that were timed. The paper's is an average, at a side of 256.",
              'The gray baseline runs no network and has no column.',
              *(s for m in all_models(evidence) for s in run_notes(evidence, 'inference', m)), *caution(evidence)]
     view = pd.DataFrame(lines, index=frame['entry']).T
