@@ -269,10 +269,11 @@ class Encoder(nn.Module):
         for block in self.blocks: x = block(x)
         return x
 
-# %% ../nbs/21_coltran.ipynb #b815a0a9
+# %% ../nbs/21_coltran.ipynb #d6cdb5d8
 def _shift(x, dim): # by one along dim, zeros come in
     return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
 
+# %% ../nbs/21_coltran.ipynb #a40cd1f3
 class Colorizer(nn.Module):
     "Gray photograph and the symbols so far to logits of the next symbol (Kumar et al. 2021, section 4)."
     def __init__(self,
@@ -761,7 +762,7 @@ def summarize_row(
         x = block.after_attention(x, block.out(o).view_as(x), zr, t)
     return x[:, 0]
 
-# %% ../nbs/21_coltran.ipynb #50d32e71
+# %% ../nbs/21_coltran.ipynb #c4902f2b
 def _graph(f, device): # f() on fixed buffers -> its replay
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
@@ -774,6 +775,7 @@ def _graph(f, device): # f() on fixed buffers -> its replay
         with torch.cuda.device(device): graph.replay()
     return replay
 
+# %% ../nbs/21_coltran.ipynb #7215fb22
 @torch.no_grad()
 def make_sampler(
     net:Colorizer, # its weights must not change afterwards
@@ -807,7 +809,7 @@ def make_sampler(
         return symbols
     return sampler
 
-# %% ../nbs/21_coltran.ipynb #91af0b9b
+# %% ../nbs/21_coltran.ipynb #08d515f8
 @torch.no_grad()
 def upsample(
     net:Upsampler,
@@ -826,6 +828,7 @@ def upsample(
             fine[some] = net(enlarge(v) if net.kind == 'spatial' else v, row % 3, gray[row//3].long()).argmax(-1).byte()
     return fine.unflatten(0, coarse.shape[:2])
 
+# %% ../nbs/21_coltran.ipynb #bdca0c5e
 def coltran_stages(
     colorizer:Colorizer,
     color:Upsampler,
@@ -858,6 +861,7 @@ def coltran_stages(
 
     return {'colorizer': draw_coarse, 'color upsampler': refine_colours, 'spatial upsampler': enlarge_picture}
 
+# %% ../nbs/21_coltran.ipynb #47e5acaa
 def coltran_colorizer(
     colorizer:Colorizer, # works at a quarter of the photograph's side; its weights must not change afterwards
     color:Upsampler, # at the same size

@@ -575,13 +575,14 @@ def matrix_rate(
     torch.backends.cuda.matmul.allow_tf32 = tf32
     return best
 
-# %% ../nbs/32_study.ipynb #67c78fd4
+# %% ../nbs/32_study.ipynb #1892987a
 def stages_of(
     colorize, # function (gray, generators) -> rgb
 )->dict: # stage -> function (gray, what the stage before made, generators)
     "The steps of a colorizer, in order."
     return getattr(colorize, 'stages', {'colorize': lambda gray, before, generators: colorize(gray, generators)})
 
+# %% ../nbs/32_study.ipynb #f2755ff1
 def time_call(
     f, # function without arguments
     device,
@@ -611,6 +612,7 @@ def time_call(
     unit = 1 if sys.platform == 'darwin' else 1024 # of ru_maxrss, in bytes
     return wall | dict(cpu_seconds_per_image=min(cpu)/images, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9)
 
+# %% ../nbs/32_study.ipynb #ca6b9425
 def time_stages(
     colorize, # function (gray, generators) -> rgb
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
