@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'Photos',
            'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'describe', 'enlarged', 'Batch',
-           'training_batches', 'ordered_batches']
+           'training_batches', 'latent_batches', 'ordered_batches']
 
-# %% ../nbs/02_data.ipynb #7f977ac9
+# %% ../nbs/02_data.ipynb #665b7a3b
 import errno, fcntl, hashlib, itertools, json, math, os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -345,11 +346,11 @@ class Batch(Mapping):
     def __iter__(self): return iter(self._made)
     def __len__(self): return len(self._made)
 
-# %% ../nbs/02_data.ipynb #64cb293f
+# %% ../nbs/02_data.ipynb #f1a1eac7
 def _batches(
-    cut, # function of a step: uint8 array (B,3,H,W), index array (B,)
+    cut, # function of a step: array with a row an image, index array (B,)
     steps, # iterable of steps
-    gray_kind:str, # one of GRAY_KINDS
+    make, # function of (index, rows), tensors on the device: the batch
     device, # where the batch goes
 ): # yields batches
     with ThreadPoolExecutor(1) as pool:
@@ -357,17 +358,28 @@ def _batches(
         for step in itertools.chain(steps, [None]):
             ready, ahead = ahead, None if step is None else pool.submit(cut, step)
             if ready is None: continue
-            pixels, index = (torch.from_numpy(x).to(device) for x in ready.result())
-            yield Batch(index, pixels, gray_kind)
+            rows, index = (torch.from_numpy(x).to(device) for x in ready.result())
+            yield make(index, rows)
 
-# %% ../nbs/02_data.ipynb #459f4f22
+# %% ../nbs/02_data.ipynb #d0fe9664
 def _epoch(n, seed, epoch, room):
     "The order of an epoch, and by photograph: rows (top, left) of the crop and whether it is mirrored."
     g = generator_for(seed, 'epoch', epoch)
     order, corner, mirror = torch.randperm(n, generator=g), torch.randint(room + 1, (n, 2), generator=g), torch.rand(n, generator=g) < .5
     return order.numpy(), corner.numpy(), mirror.numpy()
 
-# %% ../nbs/02_data.ipynb #86e4b440
+def _drawer(n, batch_size, seed, room=0): # function of a step: (chosen rows, corners of all rows, mirrors of all rows)
+    per_epoch, drawn = math.ceil(n/batch_size), {}
+    def draw(step):
+        epoch, position = divmod(step, per_epoch)
+        if epoch not in drawn:
+            drawn.clear()
+            drawn[epoch] = _epoch(n, seed, epoch, room)
+        order, corner, mirror = drawn[epoch]
+        return order[position*batch_size:(position + 1)*batch_size], corner, mirror
+    return draw
+
+# %% ../nbs/02_data.ipynb #aaa17f4e
 def training_batches(
     array:np.ndarray, # uint8 (n,S,S,3), e.g. from `enlarged`
     indices:np.ndarray, # (n,): row i of array is photo indices[i]
@@ -385,23 +397,35 @@ def training_batches(
     if len(indices) != n: raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
     if not 0 <= room < array.shape[1]: raise ValueError(f'crop is {crop}; expected 1 to {array.shape[1]}, the side of the array')
     if gray_kind not in GRAY_KINDS: raise ValueError(f'gray kind {gray_kind!r} is unknown; expected one of {GRAY_KINDS}')
-    per_epoch, indices, drawn = math.ceil(n/batch_size), np.asarray(indices, dtype=np.int64), {}
+    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(n, batch_size, seed, room)
     buffers = np.empty((2, batch_size, 3, crop, crop), np.uint8)
     def cut(step):
-        epoch, position = divmod(step, per_epoch)
-        if epoch not in drawn:
-            drawn.clear()
-            drawn[epoch] = _epoch(n, seed, epoch, room)
-        order, corner, mirror = drawn[epoch]
-        chosen = order[position*batch_size:(position + 1)*batch_size]
+        chosen, corner, mirror = draw(step)
         pixels = buffers[step % 2, :len(chosen)] # the batch before is still in the other one
         for out, i in zip(pixels, chosen):
             (top, left), forward = corner[i], -1 if flip and mirror[i] else 1
             out[...] = array[i, top:top+crop, left:left+crop].transpose(2, 0, 1)[:, :, ::forward]
         return pixels, indices[chosen]
-    return _batches(cut, itertools.count(start_step), gray_kind, device)
+    return _batches(cut, itertools.count(start_step), partial(Batch, gray_kind=gray_kind), device)
 
-# %% ../nbs/02_data.ipynb #5fddb14d
+# %% ../nbs/02_data.ipynb #dee4b721
+def latent_batches(
+    latents:np.ndarray, # (n,1,...), or (n,2,...) where the second is that of the mirrored photograph
+    indices:np.ndarray, # (n,): row i is of photo indices[i]
+    batch_size:int,
+    seed:int, # of the order and the mirrors
+    start_step:int=0, # batches to skip, at no cost
+    device='cpu',
+): # endless iterator of batches: index (B,) long, latents (B,...)
+    "Endless random batches of what was prepared, in the order of `training_batches` with the same seed."
+    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(len(latents), batch_size, seed)
+    if len(indices) != len(latents): raise ValueError(f'expected an index for each of the {len(latents)} rows of latents, found {len(indices)}')
+    def cut(step):
+        chosen, _, mirror = draw(step)
+        return np.stack([latents[i, int(mirror[i] and latents.shape[1] == 2)] for i in chosen]), indices[chosen]
+    return _batches(cut, itertools.count(start_step), lambda index, rows: dict(index=index, latents=rows), device)
+
+# %% ../nbs/02_data.ipynb #1468d205
 def ordered_batches(
     photos:Photos,
     part:str, # name of a part
@@ -413,4 +437,4 @@ def ordered_batches(
     "A part of the photographs once, in order."
     rows = photos.parts[part][:limit]
     cut = lambda start: (photos.array[rows[start:start+batch_size]].transpose(0, 3, 1, 2).copy(), rows[start:start+batch_size])
-    return _batches(cut, range(0, len(rows), batch_size), gray_kind, device)
+    return _batches(cut, range(0, len(rows), batch_size), partial(Batch, gray_kind=gray_kind), device)

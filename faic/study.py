@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', 'gray_baseline', 'features_of', 'sample_rows',
-           'versions', 'evaluate', 'evaluate_real', 'study_run', 'data_options', 'said_with', 'baseline_run',
-           'refuse_other_data', 'evaluated', 'keep_samples', 'make_trainer', 'run_days', 'evaluate_day', 'unscored',
-           'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights',
-           'load_part', 'part_bits', 'ready_parts', 'given_parts', 'run_pretrained', 'rivals', 'crown', 'phase1_winner',
-           'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate',
-           'stages_of', 'time_call', 'time_stages', 'newest_weights', 'plan', 'Terminal', 'run_notebook', 'run_study',
-           'data_name', 'results_folder', 'main']
+           'versions', 'evaluate', 'evaluate_real', 'study_run', 'space_options', 'data_options', 'said_with',
+           'baseline_run', 'refuse_other_data', 'evaluated', 'keep_samples', 'make_trainer', 'ready_latents',
+           'run_days', 'evaluate_day', 'unscored', 'score', 'run_baselines', 'part_options', 'own_parts',
+           'named_sampling', 'train_part', 'part_weights', 'load_part', 'part_bits', 'reconstruction',
+           'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts', 'run_pretrained', 'rivals', 'crown',
+           'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
+           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'plan', 'Terminal',
+           'run_notebook', 'run_study', 'data_name', 'results_folder', 'main']
 
-# %% ../nbs/32_study.ipynb #117c1d3f
+# %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, io, logging, os, resource, sys, tempfile, threading, time
 from pathlib import Path
 
@@ -31,9 +32,10 @@ from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, genera
 from .data import Photos, enlarged, list_files, ordered_batches, to_rgb
 from .metrics import image_scores, summarize
 from .plots import main_rows, sample_file
-from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, SAMPLING, UPSAMPLERS, describe_sampling, make_colorizer, make_trainee, model_options, official_name,
-                          official_folders, official_networks, part_budget, parts_of)
+from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
+                          official_name, official_folders, official_networks, part_budget, parts_of, usual_sampling)
 from .train import Trainer, load_weights, train_day, work_done
+from .vqgan import codes_used
 
 # %% ../nbs/32_study.ipynb #78821b35
 def gray_baseline(
@@ -70,7 +72,7 @@ def sample_rows(count:int)->np.ndarray: # rows of a part
     "Which images of a part are kept as samples: evenly spread."
     return np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int)
 
-# %% ../nbs/32_study.ipynb #e257d891
+# %% ../nbs/32_study.ipynb #53abb263
 def versions(
     copies_lightness:bool, # does the model?
 )->tuple: # of 'model', 'photograph'
@@ -88,6 +90,7 @@ def evaluate(
     seed:int=0, # of the random numbers of each image, with its index
     device=torch.device('cpu'),
     batch_size:int=50,
+    shown:str='gray', # which picture of a batch the function takes; 'rgb' for reconstructions
 )->tuple: # (lightness -> row for metrics.csv, samples (8,H,W,3) uint8)
     "Colorize a part and score it: PSNR, SSIM, chroma error, colourfulness, FID paired and unpaired, KID, IS, with intervals."
     scored = versions(copies_lightness)
@@ -95,7 +98,7 @@ def evaluate(
     wanted, done = sample_rows(len(photos.parts[part])), 0
     batches = ordered_batches(photos, part, batch_size, gray_kind, device)
     for batch in progress(batches, desc=f'evaluating {part}', total=-(-len(photos.parts[part])//batch_size), leave=False):
-        rgb = colorize(batch['gray'], [generator_for(seed, 'evaluate', int(i)) for i in batch['index']])
+        rgb = colorize(batch[shown], [generator_for(seed, 'evaluate', int(i)) for i in batch['index']])
         for v in scored:
             pixels = to_uint8(rgb if v == scored[0] else transfer_lightness(batch['rgb'], rgb))
             fake = pixels.float()/255
@@ -124,7 +127,7 @@ def evaluate_real(
     real, other = features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device)
     return dict(part=part, **summarize(None, real, None, other, judge.label, seed))
 
-# %% ../nbs/32_study.ipynb #aa5eb5f2
+# %% ../nbs/32_study.ipynb #3ede601d
 def study_run(
     phase:str, # 'phase1' or 'phase2'
     model:str,
@@ -134,15 +137,24 @@ def study_run(
     photos:Photos,
     budget:Budget, # of the whole run
     device,
+    latent:str='f4', # of bbdm, and so below
+    first_stage:str='', # of bbdm: '', 'plain' or a file
 )->Run:
     "Open the run of one variant; photographs.csv lists which photographs are in which part."
-    parts = own_parts(model, phase, preset, seed, photos)
+    parts = own_parts(model, phase, preset, seed, photos, latent, first_stage)
     run = open_run(dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data_options(photos, phase), budget=str(budget),
-                        train=model_options(model, preset, variant)), device, sampling=describe_sampling(named_sampling(SAMPLING[model], parts)), parts=parts, **said_with(photos))
+                        train=model_options(model, preset, variant, latent), **space_options(model, phase, preset, seed, photos, latent, first_stage)),
+                   device, sampling=describe_sampling(named_sampling(usual_sampling(model, preset), parts)), parts=parts, **said_with(photos))
     rows = pd.concat([pd.DataFrame(dict(part=p, row=photos.parts[p])) for p in (TRAINING[phase], *OTHER)])
     if not (run.path/'photographs.csv').exists():
         write_bytes(run.path/'photographs.csv', rows.merge(photos.manifest[['row', 'file', 'sha256']], on='row').to_csv(index=False).encode(errors='surrogateescape'))
     return run
+
+def space_options(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict:
+    "In which space bbdm works: latent, and first_stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>', or '' where there is none."
+    if model != 'bbdm': return {}
+    own = [f'{first_stage or "own"}:{h}' for h in own_parts(model, phase, preset, seed, photos, latent, first_stage).values()]
+    return dict(latent=latent, first_stage='' if latent == 'none' else (own or [given_name(first_stage)])[0])
 
 def data_options(photos:Photos, phase:str)->dict:
     "The photographs of a run, as its options name them."
@@ -198,7 +210,7 @@ def keep_samples(
     np.save(content, samples)
     write_bytes(sample_file(run, day, sampling), content.getvalue())
 
-# %% ../nbs/32_study.ipynb #a8d33ae1
+# %% ../nbs/32_study.ipynb #560f1a86
 def make_trainer(
     run:Run,
     photos:Photos,
@@ -206,14 +218,36 @@ def make_trainer(
     days:int,
     device,
     continues:Path=None, # see Trainer
+    parts:dict={}, # name -> network, of the parts that the model needs
 )->Trainer:
     "The trainer of a run, where its last checkpoint left it."
     refuse_other_data(run, photos)
     o = run.options
     array, rows = enlarged(photos, o['train']['load_side'], TRAINING[phase]), photos.parts[TRAINING[phase]]
-    options = o['train'] | dict(crop=o['train']['side'], seed=o['seed'])
-    return Trainer(make_trainee(o['model'], o['train'], o['seed']), run, array, rows, Budget.parse(o['budget']), options, days, device, continues=continues)
+    options, trainee = o['train'] | dict(crop=o['train']['side'], seed=o['seed']), make_trainee(o['model'], o['train'], o['seed'], parts)
+    prepared = None if (run.path/f'day-{days}.safetensors').exists() else ready_latents(trainee, run, photos, phase, device)
+    return Trainer(trainee, run, array, rows, Budget.parse(o['budget']), options, days, device, continues=continues, prepared=prepared)
 
+# %% ../nbs/32_study.ipynb #8fe3290f
+def ready_latents(
+    trainee, # with its first stage
+    run:Run, # whose options name the first stage
+    photos:Photos,
+    phase:str, # 'phase1' or 'phase2'
+    device,
+): # array with a row for each photograph of the phase's training part; None for a model that has no first stage
+    "The latents of the training photographs: found, or made, which is said."
+    name, o = run.options.get('first_stage', ''), run.options['train']
+    if not name: return None
+    part = 'train' if name.startswith('given:') else TRAINING[phase]
+    path = photos.folder/f"{part}-{o['load_side']}-{photos.fingerprint[:6]}-{name.replace(':', '-')}{'-flip' if o['flip'] else ''}.f16"
+    found, began = 'found' if path.exists() else 'made', time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    latents = trainee.prepare(enlarged(photos, o['load_side'], part), path, o['flip'], device)
+    print(f'latents of {part}: {found} {path}, {path.stat().st_size/1e9:.3f} GB, {time.monotonic() - began:.0f} s')
+    return latents[:len(photos.parts[TRAINING[phase]])]
+
+# %% ../nbs/32_study.ipynb #900d678d
 def run_days(
     run:Run,
     photos:Photos,
@@ -223,14 +257,14 @@ def run_days(
     parts:dict={}, # name -> network, of the parts that the model needs
 )->Run:
     "Train the run day by day and evaluate it after each; continues where it was stopped."
-    phase, before = run.options['phase'], len(parts_of(run.options['model'])) # what the notebook's bar has counted so far
+    phase, before = run.options['phase'], len(parts) # which the notebook's bar has counted already
     days = PHASE_DAYS[phase]
-    trainer = make_trainer(run, photos, phase, days, device)
+    trainer = make_trainer(run, photos, phase, days, device, parts=parts)
     for day in progress(range(1, days + 1), desc='days', unit='part', initial=before, total=before + days, leave=False, disable=days == 1):
         evaluate_day(run, day, train_day(trainer, day), photos, judge, sampling, device, parts)
     return run
 
-# %% ../nbs/32_study.ipynb #994d5514
+# %% ../nbs/32_study.ipynb #e3313ca8
 def evaluate_day(
     run:Run,
     day:int,
@@ -242,7 +276,7 @@ def evaluate_day(
     parts:dict={}, # name -> network, of the parts that the model needs
 ):
     "Score a day's weights and add the rows that are not there yet."
-    trainee = make_trainee(run.options['model'], run.options['train'])
+    trainee = make_trainee(run.options['model'], run.options['train'], parts=parts)
     if unscored(run, trainee, day, sampling): score(run, load_weights(trainee, weights, device), photos, judge, sampling, device, parts, day, work_done(weights))
 
 def unscored(run:Run, trainee, day:int, sampling:dict)->list: # of 'model', 'photograph'
@@ -286,7 +320,7 @@ def run_baselines(
         keep_samples(real, np.asarray(photos.array[photos.parts[part][sample_rows(len(photos.parts[part]))]]))
         real.add_metrics(dict(day=1, **evaluate_real(photos, part, judge, device)))
 
-# %% ../nbs/32_study.ipynb #91c37729
+# %% ../nbs/32_study.ipynb #fae85838
 def part_options(
     part:str, # e.g. 'coltran_color'
     phase:str, # 'phase1' or 'phase2'
@@ -299,9 +333,10 @@ def part_options(
                    train=model_options(part, preset))
     return options if phase == 'phase1' else options | dict(continues=short_hash(part_options(part, 'phase1', preset, seed, photos)))
 
-def own_parts(model:str, phase:str, preset:str, seed:int, photos:Photos)->dict: # part -> the six digits that its run's name ends in
-    "The runs of a model's own parts, trained or not yet."
-    return {p: short_hash(part_options(p, phase, preset, seed, photos)) for p in parts_of(model)}
+def own_parts(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict: # part -> the six digits that its run's name ends in
+    "The runs of a model's own parts, trained or not yet; a given first stage has none."
+    names = parts_of(model, latent, first_stage) if first_stage in ('', 'plain') else ()
+    return {p: short_hash(part_options(p, phase, preset, seed, photos)) for p in names}
 
 def named_sampling(
     sampling:dict,
@@ -313,13 +348,14 @@ def named_sampling(
     own = [f'own:{h}' for h, n in zip(parts.values(), UPSAMPLERS) if n not in official_folders(sampling['upsamplers'])] # of which none is given
     return sampling | dict(upsamplers='+'.join([official_name(sampling['upsamplers']), *own]))
 
-# %% ../nbs/32_study.ipynb #bdbc6291
+# %% ../nbs/32_study.ipynb #a045d85e
 def train_part(
     part:str, # e.g. 'coltran_color'
     phase:str, # 'phase1' or 'phase2'
     preset:str,
     seed:int,
     photos:Photos,
+    judge, # feature network of faic.metrics
     device,
 )->Run:
     "The trained run of a part; says whether it was found or trained. Phase 2's continues phase 1's, which is trained first where it is not there."
@@ -327,12 +363,12 @@ def train_part(
     weights, found = part_weights(run), 'found'
     if not weights.exists():
         fresh = phase == 'phase2' and not (run.path/'last.pt').exists()
-        first = train_part(part, 'phase1', preset, seed, photos, device) if fresh else None
+        first = train_part(part, 'phase1', preset, seed, photos, judge, device) if fresh else None
         trainer = make_trainer(run, photos, phase, 1, device, first.path/'last.pt' if first else None)
         train_day(trainer, 1)
         found = f'trained, after {run.events()[0]["steps"]:,} steps of phase 1,' if phase == 'phase2' else 'trained'
-    bits = part_bits(run, photos, device)
-    print(f"{part}: {found} {run.path.name}: {work_done(weights)['step']:,} steps on the {run.options['data']['train']:,} photographs of {phase}, {bits:.2f} bits a value on the validation part")
+    worth = part_worth(run, photos, judge, device)
+    print(f"{part}: {found} {run.path.name}: {work_done(weights)['step']:,} steps on the {run.options['data']['train']:,} photographs of {phase}, {worth}")
     return run
 
 def part_weights(run:Run)->Path:
@@ -341,29 +377,63 @@ def part_weights(run:Run)->Path:
 
 def load_part(weights:Path, run:Run, device): # network
     "A trained part, ready for use."
-    (network,) = load_weights(make_trainee(run.options['model'], run.options['train']), weights, device).parts().values()
-    return network
+    return load_weights(make_trainee(run.options['model'], run.options['train']), weights, device).parts()['net']
 
-# %% ../nbs/32_study.ipynb #9b818d0d
+# %% ../nbs/32_study.ipynb #e3823cfd
 @torch.no_grad()
 def part_bits(
-    run:Run, # of a trained part
+    trainee, # a trained upsampler
+    run:Run, # its run
     photos:Photos,
     device,
     limit:int=200, # photographs
-)->float:
-    "Mean loss of a part on the validation part, in bits a value; measured once and kept in its metrics.csv."
-    known = run.metrics()
-    if len(known): return float(known['bits'].iloc[-1])
-    trainee = load_weights(make_trainee(run.options['model'], run.options['train']), part_weights(run), device)
+)->dict: # row for metrics.csv
+    "Mean loss of an upsampler on the validation part, in bits a value."
     generator, losses, images = generator_for(run.options['seed'], 'bits'), 0., 0
     for batch in ordered_batches(photos, 'validation', run.options['train']['batch_size'], trainee.gray_kind, device, limit):
         ((_, loss),) = trainee.losses(batch, generator)
         losses, images = losses + float(loss)*len(batch['index']), images + len(batch['index'])
-    run.add_metrics(dict(day=1, **work_done(part_weights(run)), part='validation', n=images, bits=losses/images))
-    return losses/images
+    return dict(part='validation', n=images, bits=losses/images)
 
-# %% ../nbs/32_study.ipynb #898866c5
+# %% ../nbs/32_study.ipynb #18f94e17
+def reconstruction(net)->callable: # function (rgb, generators) -> rgb
+    "A first stage as a function that `evaluate` can score: encode, quantize, decode."
+    return lambda rgb, generators: (net.decode(net.encode(2*rgb - 1))/2 + .5).clamp(0, 1)
+
+def part_reconstructions(
+    trainee, # a trained VQGAN
+    run:Run, # its run, which keeps samples
+    photos:Photos,
+    judge, # feature network of faic.metrics
+    device,
+)->list: # of rows for metrics.csv, one a version of the lightness
+    "Score a first stage on the part that its phase is scored on."
+    net, part = trainee.parts()['net'], EVALUATED[run.options['of']]
+    rows, samples = evaluate(reconstruction(net), photos, part, judge, trainee.gray_kind, trainee.copies_lightness, run.options['seed'], device, shown='rgb')
+    keep_samples(run, samples)
+    codes = codes_used(net, ordered_batches(photos, part, 50, trainee.gray_kind, device))
+    return [dict(lightness=v, **row, **codes) for v, row in rows.items()]
+
+# %% ../nbs/32_study.ipynb #04211deb
+def part_worth(
+    run:Run, # of a trained part
+    photos:Photos,
+    judge, # feature network of faic.metrics
+    device,
+)->str: # for a sentence
+    "What a part can do, measured once and kept in its metrics.csv."
+    o = run.options
+    if run.metrics().empty:
+        trainee = load_weights(make_trainee(o['model'], o['train']), part_weights(run), device)
+        rows = part_reconstructions(trainee, run, photos, judge, device) if o['model'] in VQGANS else [part_bits(trainee, run, photos, device)]
+        table = pd.DataFrame([dict(day=1, **work_done(part_weights(run)), **row) for row in rows])
+        write_bytes(run.path/'metrics.csv', table.to_csv(index=False).encode())
+    first = run.metrics().iloc[0]
+    if 'bits' in first: return f"{first['bits']:.2f} bits a value on the {first['part']} part"
+    fid = next(first[c] for c in first.index if c.startswith('FID ('))
+    return f"reconstructs the {first['part']} part with FID {fid:.1f}, PSNR {first['PSNR']:.1f}, using {100*first['codebook usage']:.0f} % of its codes"
+
+# %% ../nbs/32_study.ipynb #487f69b1
 def ready_parts(
     model:str,
     phase:str, # 'phase1' or 'phase2'
@@ -371,26 +441,38 @@ def ready_parts(
     seed:int,
     photos:Photos,
     sampling:dict, # see chosen_sampling; 'upsamplers' is 'own' or 'official:/path'
+    judge, # feature network of faic.metrics
     device,
+    latent:str='f4', # of bbdm
+    first_stage:str='', # of bbdm: '', 'plain' or a file
     others:int=1, # what the notebook does after this; for its bar
 )->tuple: # (part -> network, sampling with the upsamplers' name)
     "The parts that a model needs: found, trained, or given."
-    names = parts_of(model)
+    names = parts_of(model, latent, first_stage)
     if not names: return {}, sampling
-    networks = {} if sampling['upsamplers'] == 'own' else given_parts(model, sampling['upsamplers'], photos.side, device)
+    networks = given_parts(names, sampling, photos.side, device, latent, first_stage)
     bar = progress(names, desc=f'parts of {model}', unit='part', total=len(names) + others, leave=False)
-    runs = {n: train_part(n, phase, preset, seed, photos, device) for n in bar if n not in networks}
+    runs = {n: train_part(n, phase, preset, seed, photos, judge, device) for n in bar if n not in networks}
     networks |= {n: load_part(part_weights(r), r, device) for n, r in runs.items()}
-    return {n: networks[n] for n in names}, named_sampling(sampling, own_parts(model, phase, preset, seed, photos))
+    return {n: networks[n] for n in names}, named_sampling(sampling, own_parts(model, phase, preset, seed, photos, latent, first_stage))
 
-def given_parts(model:str, given:str, side:int, device)->dict: # part -> network
-    "The parts of a model from given checkpoints; says where they come from."
-    networks = official_networks(given, side)
-    found = {p: networks[n].to(device) for p, n in zip(parts_of(model), UPSAMPLERS) if n in networks}
-    print(f'{", ".join(found)}: given, {given}')
+def given_parts(
+    names:tuple, # of the parts that are needed
+    sampling:dict, # whose 'upsamplers' are given ones or not
+    side:int, # of the photographs
+    device,
+    latent:str='', # one of LATENTS that a given first stage must be for; '': any
+    first_stage:str='',
+)->dict: # part -> network
+    "Those parts of a model that are given; says where they come from."
+    upsamplers, networks = sampling.get('upsamplers', 'own'), {}
+    if upsamplers != 'own': networks = dict(zip(names, map(official_networks(upsamplers, side).get, UPSAMPLERS)))
+    if first_stage not in ('', 'plain'): networks = {names[0]: given_first_stage(first_stage, latent)}
+    found = {p: net.to(device).eval() for p, net in networks.items() if net is not None}
+    if found: print(f'{", ".join(found)}: given, {first_stage or upsamplers}')
     return found
 
-# %% ../nbs/32_study.ipynb #a2ee6077
+# %% ../nbs/32_study.ipynb #848f89d2
 def run_pretrained(
     model:str,
     given:str, # 'official:/path', see official_networks
@@ -404,19 +486,19 @@ def run_pretrained(
     "Score given checkpoints on the test part of phase 2, once."
     name = lambda s: s | dict(upsamplers=official_name(given))
     run = open_run(dict(phase='phase2', model=model, variant='pretrained', preset=preset, seed=seed, data=data_options(photos, 'phase2'),
-                        pretrained=official_name(given, ('colorizer', *UPSAMPLERS))), device, sampling=describe_sampling(name(SAMPLING[model])), **said_with(photos))
+                        pretrained=official_name(given, ('colorizer', *UPSAMPLERS))), device, sampling=describe_sampling(name(usual_sampling(model, preset))), **said_with(photos))
     trainee = make_trainee(model, model_options(model, preset))
     if unscored(run, trainee, 1, name(sampling)):
         trainee.net, *parts = (net.to(device).eval() for net in official_networks(given, photos.side, ('colorizer', *UPSAMPLERS)).values())
         score(run, trainee, photos, judge, name(sampling), device, dict(zip(parts_of(model), parts)))
     return run
 
-# %% ../nbs/32_study.ipynb #d332b7c7
+# %% ../nbs/32_study.ipynb #256e278e
 def rivals(
     run:Run, # of phase 1
 )->list: # of Run, itself among them
     "All scored runs of phase 1 that differ from this one in nothing but the variant."
-    same = lambda r: all(r.options[k] == run.options[k] for k in ('model', 'preset', 'seed', 'data', 'budget'))
+    same = lambda r: all(r.options.get(k) == run.options.get(k) for k in ('model', 'preset', 'seed', 'data', 'budget', 'latent', 'first_stage'))
     newest = {r.options['variant']: r for r in sorted(filter(same, read_runs(phase='phase1')), key=lambda r: r.options['made']['time']) if len(r.metrics())}
     return list(newest.values())
 
@@ -444,25 +526,29 @@ def crown(
 
 LEADS = {True: 'a lead beyond the intervals', False: 'a lead within the intervals: a choice, not a finding', None: 'too few images for intervals: a choice, not a finding'}
 
-# %% ../nbs/32_study.ipynb #9a4520b7
+# %% ../nbs/32_study.ipynb #adc67487
 def phase1_winner(
     model:str,
     preset:str,
     seed:int,
     photos:Photos,
     budget:str, # of a variant and of a day, as phase 1 was given it
+    latent:str='f4', # of bbdm
+    first_stage:str='', # of bbdm: '', 'plain' or a file
 )->tuple: # (variant, sentence that says where the choice comes from)
-    "The variant that phase 2 trains: phase 1's winner under the same conditions, else the paper's."
+    "The variant that phase 2 trains: phase 1's winner under the same conditions, or in BBDM's usual latent, else the paper's."
     runs = [r for r in read_runs(phase='phase1', model=model, preset=preset, seed=seed) if r.options['data']['fingerprint'] == photos.fingerprint]
     crowned = [r for r in runs if (r.path/'winner.json').exists()]
-    fitting = [read_json(r.path/'winner.json') for r in crowned if r.options['budget'] == budget]
+    here, usual = (space_options(model, 'phase1', preset, seed, photos, *space) for space in ((latent, first_stage), ('f4', '')))
+    within = lambda space: [read_json(r.path/'winner.json') for r in crowned if r.options['budget'] == budget and space.items() <= r.options.items()]
+    fitting = within(here) or within(usual)
     if not fitting:
-        other = ', '.join(sorted({r.options['budget'] for r in crowned}))
+        other = ', '.join(sorted({r.options['budget'] for r in crowned} - {budget}))
         why = f'phase 1 was run with another budget ({other}, not {budget})' if other else f'phase 1 of {model} has not compared variants here'
         return PAPER_WINNER[model], f"the paper's winner, since {why}"
-    winner = max(fitting, key=lambda w: w['time'])
+    winner, elsewhere = max(fitting, key=lambda w: w['time']), '' if within(here) else ' in f4 with its own first stage (here it has not compared variants)'
     against = ', '.join(f'{v} {x:.2f}' for v, x in winner['compared'].items() if v != winner['variant'])
-    return winner['variant'], f"phase 1's winner: {winner['metric']} {winner['value']:.2f} against {against} ({LEADS[winner['decided']]})"
+    return winner['variant'], f"phase 1's winner{elsewhere}: {winner['metric']} {winner['value']:.2f} against {against} ({LEADS[winner['decided']]})"
 
 # %% ../nbs/32_study.ipynb #56315ce2
 def colorize_photo(
@@ -506,7 +592,7 @@ def find_photographs(
         taken.add(targets[f])
     return targets
 
-# %% ../nbs/32_study.ipynb #d36f1c58
+# %% ../nbs/32_study.ipynb #6aa644a4
 def find_run(
     name:str='', # a run's folder, its name in runs_dir(), or '' for the newest run of phase 2 with weights
 )->Run:
@@ -524,18 +610,23 @@ def find_parts(
     run:Run, # trained
     sampling:dict, # see chosen_sampling
     device,
+    first_stage:str='', # the file, where bbdm was trained with a given one
 )->dict: # part -> network
     "The parts that a run's model needs: its own, whose folders lie beside the run's, or given ones."
     o = run.options
-    given = parts_of(o['model']) and sampling['upsamplers'] != 'own'
-    networks = given_parts(o['model'], sampling['upsamplers'], o['data']['side'], device) if given else {}
+    names, given = parts_of(o['model'], o.get('latent')), o.get('first_stage', '').startswith('given:')
+    if (found := given_name(first_stage) if first_stage else '') != (o['first_stage'] if given else ''):
+        raise ValueError(f"{run.path.name} was trained in the latents of {'the first stage ' + o['first_stage'] if given else 'its own first stage'}; "
+                         + (f'{first_stage} is {found}' if found else 'give its file as first_stage'))
+    networks = given_parts(names, sampling, o['data']['side'], device, first_stage=first_stage)
     for part, digits in o['made'].get('parts', {}).items():
         if part in networks: continue
         folders = [f for f in run.path.parent.glob(f'part-{part}-*-{digits}') if part_weights(Run(f, {})).exists()]
         if not folders:
-            raise FileNotFoundError(f'{run.path.name} needs its part {part}, but {run.path.parent} has no trained part-{part}-...-{digits}; copy it there, or give upsamplers')
+            raise FileNotFoundError(f'{run.path.name} needs its part {part}, but {run.path.parent} has no trained part-{part}-...-{digits}; copy it there'
+                                    + (', or give upsamplers' if 'upsamplers' in sampling else ''))
         networks[part] = load_part(part_weights(Run(folders[0], {})), Run(folders[0], read_json(folders[0]/'options.json')), device)
-    return {n: networks[n] for n in parts_of(o['model'])}
+    return networks
 
 def last_day(run:Run)->tuple: # (day, file of the weights)
     "The weights of a run's last finished day."
@@ -612,14 +703,14 @@ def time_call(
     unit = 1 if sys.platform == 'darwin' else 1024 # of ru_maxrss, in bytes
     return wall | dict(cpu_seconds_per_image=min(cpu)/images, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9)
 
-# %% ../nbs/32_study.ipynb #ca6b9425
+# %% ../nbs/32_study.ipynb #dfea7fda
 def time_stages(
     colorize, # function (gray, generators) -> rgb
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
     batch_sizes:tuple,
     images:int, # timed in all at each batch size, at least; three calls at least
     patience:float=240., # seconds: a batch size whose timing would take longer, going by the one before, is left out
-)->list: # of dicts: stage, batch_size, images and what time_call says
+)->list: # of dicts: stage, times (how often an image needs it), batch_size, images and what time_call says of the stage made once
     "Time every stage of a colorizer at several batch sizes."
     rows = []
     for name in (stages := stages_of(colorize)):
@@ -633,26 +724,33 @@ def time_stages(
                 if earlier == name: break
                 before = f(batch, before, generators)
             timed = time_call(lambda: stages[name](batch, before, [generator_for(0, 'evaluate', i) for i in range(size)]), gray.device, size, calls)
-            rows.append(dict(stage=name, batch_size=size, images=calls*size) | timed)
+            rows.append(dict(stage=name, times=getattr(colorize, 'times', {}).get(name, 1), batch_size=size, images=calls*size) | timed)
             last = timed['seconds_per_image']
     return rows
 
-# %% ../nbs/32_study.ipynb #d91a8d40
-def newest_weights(
+# %% ../nbs/32_study.ipynb #739c99d3
+def newest_run(
     model:str,
     preset:str,
     seed:int, # of the run
     photos:Photos, # that the run was made with
-): # Path, or None
-    "The last day's weights of the newest phase 2 run of these photographs."
+    latent:str='f4', # of bbdm, whose runs with the usual first stage come before others
+): # Run, or None
+    "The newest trained run of phase 2 of these photographs."
     runs = [r for r in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if r.options['data']['fingerprint'] == photos.fingerprint]
-    runs = sorted((r for r in runs if list(r.path.glob('day-*.safetensors'))), key=lambda r: r.options['made']['time'])
-    return last_day(runs[-1])[1] if runs else None
+    runs = [r for r in runs if r.options.get('latent', latent) == latent and list(r.path.glob('day-*.safetensors'))]
+    return max(runs, key=lambda r: (r.options.get('first_stage', '').startswith('own'), r.options['made']['time']), default=None)
 
-# %% ../nbs/32_study.ipynb #0ac7cfc7
+def newest_weights(model:str, preset:str, seed:int, photos:Photos, latent:str='f4'): # Path, or None
+    "The last day's weights of the newest run."
+    run = newest_run(model, preset, seed, photos, latent)
+    return last_day(run)[1] if run else None
+
+# %% ../nbs/32_study.ipynb #16958132
 def plan(models=MODELS)->list: # (notebook, parameters, weight in the study's bar)
     "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a part."
     phases = [(n, dict(model=m), w + len(parts_of(m))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
+    if 'bbdm' in models: phases.append(('phase2', dict(model='bbdm', first_stage='plain'), 6)) # with both phases' part
     return phases + [('inference_time', {}, 1), ('results', {}, 1)]
 
 def _mirrored(file): # (fraction of the notebook that is done, the innermost bar)
@@ -704,7 +802,7 @@ class Terminal:
         self.part.close()
         self.study.close()
 
-# %% ../nbs/32_study.ipynb #1b237ec1
+# %% ../nbs/32_study.ipynb #a2203f9d
 def run_notebook(
     name:str, # e.g. 'phase1'
     parameters:dict, # papermill parameters
@@ -716,7 +814,7 @@ def run_notebook(
     environment = dict(FAIC_PROGRESS=str(mirror), PYTHONWARNINGS='ignore')
     os.environ.update(environment)
     mirror.unlink(missing_ok=True)
-    out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model',) if k in parameters))]) + '.ipynb')
+    out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model', 'first_stage') if k in parameters))]) + '.ipynb')
     try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
                                      extra_arguments=['--IPKernelApp.log_level=CRITICAL']) # its warnings would run into the bars
     except papermill.PapermillExecutionError as e: raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
@@ -763,9 +861,9 @@ def results_folder(
     "Where the tables and figures of a preset and a data set lie."
     return figures_dir()/(preset if data == 'embedded' else f'{preset}-{data_name(data)}')
 
-# %% ../nbs/32_study.ipynb #66976ae1
+# %% ../nbs/32_study.ipynb #3c81ffbb
 def main():
-    "The command line: python -m faic.study [--preset smoke] [--data embedded] [--models pix2pix,coltran] [--seed 0] [--budget '']"
+    "The command line: python -m faic.study [--preset smoke] [--data embedded] [--models pix2pix,coltran,bbdm] [--seed 0] [--budget '']"
     a = argparse.ArgumentParser(prog='python -m faic.study', description='Run the whole study and write its tables and figures.')
     a.add_argument('--preset', default='smoke', choices=list(PRESETS))
     a.add_argument('--data', default='embedded', help="'embedded' or a folder of photographs")

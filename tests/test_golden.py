@@ -4,8 +4,12 @@ A set is a folder <root>/<model>/. Pix2Pix's has arrays.npz, latest_net_G.pth an
 names begin with a case of it. The repo keeps a small set of each in tests/golden; ../shared/golden is used too where it is there; the
 environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options come from the files. Tolerances are those of the set's README, by
 quantity."""
+import copy
 import json
 import os
+import pickle
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -13,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 
+from faic.bbdm import (STATISTICS, Bridge, Denoiser, bbdm_colorizer, bridge_target, load_bbdm, predict_x0, sampling_steps, save_bbdm, walk_back)
 from faic.color import lab_to_rgb, luma, rgb_to_lab, scale_lab, truncate_uint8, unscale_lab
 from faic.coltran import (AVERAGE, Colorizer, ColTran, Conditions, RowBuffers, Upsampler, area, bits, count_all, draw_pixels, enlarge, load_coltran, make_sampler,
                           official_colorizer, official_layout, official_state, pixels_of, prepare_row, read_tf_checkpoint, recounted, sample_plain, square,
                           summarize_row, symbols_of, tensor_places, upsample)
 from faic.core import Budget, Run
+from faic.layers import UNet, timestep_embedding
 from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, official_names, unet_of
 from faic.train import Trainer, official_linear, train_step
+from faic.vqgan import VQModel, ldm_model, load_ldm, read_safely, save_ldm, sizes_of
 
 TESTS = Path(__file__).parent
 ROOTS = [Path(os.environ["FAIC_GOLDEN"]).resolve()] if os.environ.get("FAIC_GOLDEN") else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
@@ -580,3 +587,407 @@ def test_coltran_paper_size_spatial_upsampler(found):
     logits = logits[:, ::4, ::4]
     sure = top_gap(logits)[0] >= TIE
     close(logits.argmax(-1)[0][sure], golden["spatial_argmax_channel1_strided4"][sure.numpy()], 0)
+
+
+# VQGAN and BBDM. A set is arrays.npz and the official checkpoint, model.ckpt or last_model.pth; the repo's sets have no checkpoint: it is
+# written here from weights that follow from a tensor's name and a seed.
+
+PASS, LOSS_OF_BRIDGE, LOOP = 5e-5, 1e-5, 5e-4  # absolute; relative and absolute; absolute
+
+
+def recipe(shapes, seed):
+    """name -> tensor of random numbers that depend on the tensor's name and a seed: norms around 1, other weights by their number of inputs."""
+    state = {}
+    for name, shape in shapes.items():
+        z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(int(np.prod(shape))).reshape(shape)
+        if name.endswith("embedding.weight"):
+            z = 0.7 * z
+        elif len(shape) > 1:
+            z = z / np.sqrt(np.prod(shape[1:]))
+        else:
+            z = 1 + 0.2 * z if name.endswith("weight") else 0.1 * z
+        state[name] = torch.tensor(z.astype(np.float32))
+    return state
+
+
+def write_model_ckpt(path, state):
+    """A file as LDM's training framework writes it: with the discriminator's tensors, and a class of the framework as a key."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), dict(__module__=module.__name__))
+    loss = {"loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4), "loss.discriminator.main.3.num_batches_tracked": torch.tensor(11)}
+    parents = {n: types.ModuleType(n) for n in ("pytorch_lightning", "pytorch_lightning.callbacks")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, m in (parents | {module.__name__: module}).items():
+            patch.setitem(sys.modules, name, m)
+        torch.save(dict(epoch=12, global_step=3456, state_dict=state | loss, callbacks={module.ModelCheckpoint: dict(best_model_score=torch.tensor(0.5))}), path)
+    return path
+
+
+@pytest.fixture(params=sets("vqgan"), scope="module")
+def vqgan(request, tmp_path_factory):
+    golden = Golden(request.param)
+    golden.file = request.param / "model.ckpt"
+    if not golden.file.exists():
+        state = recipe(json.loads(str(golden.arrays["shapes"])), golden.config["seed"])
+        golden.file = write_model_ckpt(tmp_path_factory.mktemp("vqgan") / "model.ckpt", state)
+    golden.net = ldm_model(golden.file)
+    return golden
+
+
+def first_stage(config):
+    """An untrained first stage of LDM's configuration: a level attends where its share of the NOMINAL resolution says so."""
+    c, attends = config["ddconfig"], config["ddconfig"].get("attn_type") != "none"
+    levels = [i for i in range(len(c["ch_mult"])) if attends and c["resolution"] // 2**i in c["attn_resolutions"]]
+    return VQModel(c["ch"], tuple(c["ch_mult"]), c["num_res_blocks"], tuple(levels), c["z_channels"], config["embed_dim"], config["n_embed"], attends,
+                   c["in_channels"], c["out_ch"])
+
+
+def code_gap(net, z):
+    """Smallest difference between the second smallest and the smallest squared distance to a code."""
+    distances = torch.cdist(z.movedim(1, -1).flatten(0, 2).double(), net.quantize.embedding.weight.double()) ** 2
+    first, second = distances.topk(2, 1, largest=False).values.unbind(1)
+    return (second - first).min()
+
+
+def test_vqgan_checkpoint(vqgan, tmp_path):
+    """Read without running what is in it; what belongs to the training is counted; the sizes in the file are those of the configuration."""
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(vqgan.file, weights_only=True)
+    state = read_safely(vqgan.file)["state_dict"]
+    net = first_stage(vqgan.config)
+    assert load_ldm(net, vqgan.file) == sum(n.startswith("loss.") for n in state) > 0
+    ours = net.state_dict()
+    assert list(ours) == list(vqgan.net.state_dict()) and ours.keys() == {n for n in state if not n.startswith("loss.")}
+    assert all(torch.equal(t, state[n]) and torch.equal(t, vqgan.net.state_dict()[n]) for n, t in ours.items())
+    save_ldm(net, tmp_path / "again.ckpt")
+    again = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
+    assert again.keys() == ours.keys() and all(torch.equal(t, state[n]) for n, t in again.items())
+    assert (net.factor, net.latent_channels) == (2 ** (len(vqgan.config["ddconfig"]["ch_mult"]) - 1), vqgan.config["embed_dim"])
+
+
+@torch.no_grad()
+def test_vqgan_forward(vqgan):
+    net, seen, modules = vqgan.net, {}, dict(vqgan.net.named_modules())
+    probes = [n.removeprefix("probe_") for n in vqgan.arrays if n.startswith("probe_")]
+    hooks = [modules[n].register_forward_hook(lambda _, __, out, n=n: seen.setdefault(n, []).append(out)) for n in probes]
+    z = net.encode(vqgan["x"])
+    close(net.encoder(vqgan["x"]), vqgan["encoder_out"], PASS)
+    for name in ("prequant", "interface_encode"):
+        close(z, vqgan[name], PASS)
+    zq, idx, loss = net.quantize(z)
+    close(idx, vqgan["idx"], 0)
+    close(zq, vqgan["quant"], PASS)
+    close(loss, vqgan["vq_loss_legacy"], PASS)
+    close(code_gap(net, z), vqgan["vq_margin_min"], PASS)
+    close(net.post_quant_conv(zq), vqgan["post_quant_conv"], PASS)
+    close(net.decode(zq, quantize=False), vqgan["decode_quant"], PASS)
+    close(net.decode(z), vqgan["interface_decode"], PASS)
+    close(net.decode(z, quantize=False), vqgan["interface_decode_noquant"], PASS)
+    for name in probes:
+        close(seen[name][0][:1, :8, 1::2, ::2], vqgan[f"probe_{name}"], PASS)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_vqgan_reconstruction(vqgan):
+    """Also in float64, from which the official float32 is no further away than it says itself, by more than the other way of adding up."""
+    rec, loss = vqgan.net(vqgan["x"])
+    close(rec, vqgan["forward_rec"], PASS)
+    close(loss, vqgan["forward_diff"], PASS)
+    exact, _ = copy.deepcopy(vqgan.net).double()(vqgan["x"].double())
+    close(exact, vqgan["forward_rec"], 1.5 * float(vqgan["rec_f64_minus_f32_maxabs"]))
+
+
+def test_vqgan_straight_through_gradient(vqgan):
+    z = vqgan["prequant"].requires_grad_()
+    zq, _, loss = vqgan.net.quantize(z)
+    (gradient,) = torch.autograd.grad(0.1 * zq.sum() + loss, z)
+    close(gradient, vqgan["ste_grad_z"], PASS)
+
+
+def unet_options(config):
+    """The keyword arguments of our U-Net for the official ones."""
+    u = config["unet"]
+    return dict(model_channels=u["model_channels"], num_res_blocks=u["num_res_blocks"], channel_mult=tuple(u["channel_mult"]), num_heads=u["num_heads"],
+                attention_factors=tuple(u["attention_resolutions"]), head_channels=u["num_head_channels"], scale_shift=u["use_scale_shift_norm"],
+                resblock_updown=u["resblock_updown"])
+
+
+def stage_of(tensors):
+    net = VQModel(**sizes_of(tensors, "the file"))
+    net.load_state_dict(tensors)
+    return net.eval()
+
+
+def shifted(tensors):
+    """Each tensor's place taken by the next one of its shape: weights of the same size that are others."""
+    groups = {}
+    for name, t in tensors.items():
+        groups.setdefault(t.shape, []).append(name)
+    return {name: tensors[g[(g.index(name) + 1) % len(g)]] for name, t in tensors.items() for g in [groups[t.shape]]}
+
+
+class BridgeGolden(Golden):
+    """A set of BBDM, its file and the model read from it."""
+
+    def __init__(self, folder, scratch):
+        super().__init__(folder)
+        self.file, self.extra = folder / "last_model.pth", self.config["extra"]
+        if not self.file.exists():
+            self.file = scratch / "last_model.pth"
+            state = recipe(json.loads(str(self.arrays["shapes"])), self.config["seed"])
+            b = dict(num_timesteps=1000, mt_type="linear", max_var=1.0) | self.config.get("bb", {})
+            trained = {n: t for n, t in state.items() if not n.startswith("vqgan.")}
+            model = Bridge(b["num_timesteps"], b["mt_type"], b["max_var"]).state_dict() | state
+            torch.save(dict(step=1234, epoch=7, model=model, ema=shifted(trained)), self.file)
+        self.model = self.load(ema=False)
+        self.early, self.normal = bool(self.extra.get("latent_before_quant_conv")), bool(self.extra.get("normalize_latent"))
+
+    def load(self, ema):
+        u = self.config["unet"]
+        early = bool(self.extra.get("latent_before_quant_conv"))
+        model = load_bbdm(self.file, ema, stage_of, head_channels=u["num_head_channels"], num_heads=u["num_heads"], before_quant_conv=early)
+        model.net.eval()
+        return model
+
+    def variant(self, **changes):
+        """The same model with other options: most arrays are made without normalisation, from the latents after quant_conv."""
+        model = copy.copy(self.model)
+        vars(model).update(dict(normalize=False, before_quant_conv=False) | changes)
+        return model
+
+    def small(self):
+        """What the network is shown of the gray image."""
+        return self.model.net.cond_stage_model.shrink(self["img_cond"]) if "cond_context" in self else None
+
+    def walk(self, steps, **options):
+        """All (x, x0_hat) on the way back from enc_cond with the set's noise."""
+        Z, model, small = self["loop_noise"], self.model, self.small()
+        return list(walk_back(lambda x, t: model.net(x, t, small), model.bridge, self["enc_cond"], steps, lambda k: Z[k], **options))
+
+
+@pytest.fixture(params=sets("bbdm"), scope="module")
+def bbdm(request, tmp_path_factory):
+    return BridgeGolden(request.param, tmp_path_factory.mktemp("bbdm"))
+
+
+def test_bbdm_checkpoint(bbdm, tmp_path):
+    """The sizes read off the tensors are the configuration's; every tensor of the file, raw or averaged, is in its place, and saved as it was."""
+    file, u = torch.load(bbdm.file, weights_only=True), bbdm.config["unet"]
+    context = u["in_channels"] - u["out_channels"]
+    with torch.device("meta"):
+        expected = UNet(u["in_channels"], out_channels=u["out_channels"], **unet_options(bbdm.config))
+        stage = first_stage(bbdm.config["vq"])
+    for ema in (False, True):
+        model = bbdm.load(ema)
+        ours = {n: t.shape for n, t in model.net.denoise_fn.state_dict().items()}
+        assert list(ours.items()) == [(n, t.shape) for n, t in expected.state_dict().items()]
+        weights = file["model"] | (file["ema"] if ema else {})
+        state = model.net.state_dict() | model.bridge.state_dict() | {f"vqgan.{n}": t for n, t in model.first_stage.state_dict().items()}
+        assert state.keys() == file["model"].keys() | (file.keys() - {"step", "epoch", "model", "ema"})
+        assert all(torch.equal(t, weights[n] if n in weights else file[n]) for n, t in state.items())
+        assert (model.conditioning, model.normalize) == ("rescaler" if context else "nocond", bbdm.normal)
+    assert {n: t.shape for n, t in model.first_stage.state_dict().items()} == {n: t.shape for n, t in stage.state_dict().items()}
+
+    save_bbdm(tmp_path / "again.pth", bbdm.model, bbdm.load(ema=True).net, file["step"], file["epoch"])
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert again.keys() == file.keys() and (again["step"], again["epoch"]) == (file["step"], file["epoch"])
+    for part in file.keys() - {"step", "epoch"}:
+        (ours, theirs) = (dict(f[part] if isinstance(f[part], dict) else {part: f[part]}) for f in (again, file))
+        assert ours.keys() == theirs.keys() and all(torch.equal(t, ours[n]) for n, t in theirs.items())
+
+
+def test_bbdm_tables(bbdm):
+    for name, arguments in json.loads(str(bbdm.arrays["table_names"])).items():
+        tables = Bridge(*arguments).state_dict()
+        assert len(tables) == 6
+        for table, values in tables.items():
+            close(values, bbdm[f"table_{name}_{table}"], 1e-6)
+
+
+def test_bbdm_steps(bbdm):
+    cases = [name for name in bbdm.arrays if name.startswith("steps_T")]
+    assert cases
+    for name in cases:
+        timesteps, count = map(int, name.removeprefix("steps_T").split("_S"))
+        close(sampling_steps(timesteps, count), bbdm[name], 0)
+
+
+@torch.no_grad()
+def test_bbdm_unet(bbdm):
+    close(timestep_embedding(bbdm["temb_t"], 32), bbdm["temb_dim32"], PASS)
+    context = bbdm["unet_context"] if "unet_context" in bbdm else None
+    close(bbdm.model.net.denoise_fn(bbdm["unet_x"], bbdm["unet_t"], context), bbdm["unet_out"], 2e-5)
+
+
+@torch.no_grad()
+def test_bbdm_latents(bbdm):
+    """Into the latent space and back, with the official options; of the same images in the ways that training and sampling go."""
+    model, early, x, cond = bbdm.variant(), bbdm.variant(before_quant_conv=True), bbdm["img_x"], bbdm["img_cond"]
+    rescaler = getattr(bbdm.model.net, "cond_stage_model", None)
+    normal = bbdm.variant(normalize=True, net=Denoiser(bbdm.model.net.denoise_fn, rescaler, bbdm.config["vq"]["embed_dim"]))
+    normal.net.load_state_dict({n: bbdm[n] for n in STATISTICS}, strict=False)
+    ex, ec = bbdm["enc_x"], bbdm["enc_cond"]
+    close(model.encode(x), ex, PASS)
+    close(model.encode(cond), ec, PASS)
+    close(early.encode(x), bbdm["enc_x_before_quant_conv"], PASS)
+    close(early.decode(bbdm["enc_x_before_quant_conv"]), bbdm["dec_before_quant_conv"], PASS)
+    close(model.decode(ex), bbdm["dec_x"], PASS)
+    close(normal.normalized(ex), bbdm["enc_x_normalized"], PASS)
+    close(normal.normalized(ec, "cond"), bbdm["enc_cond_normalized"], PASS)
+    close(normal.decode(bbdm["enc_x_normalized"]), bbdm["dec_x_normalized"], PASS)
+    _, idx, loss = model.first_stage.quantize(model.encode(x))
+    close(idx, bbdm["vq_idx"], 0)
+    close(loss, bbdm["vq_loss"], LOSS_OF_BRIDGE)
+    close(code_gap(model.first_stage, model.encode(x)), bbdm["vq_margin_min"], PASS)
+
+    batch = dict(rgb=(x + 1) / 2, gray=(cond[:, :1] + 1) / 2)
+    for m, suffix in ((model, ""), (normal, "_normalized")):
+        x0, y, _ = m.ends(batch)
+        close(x0, bbdm["enc_x" + suffix], PASS)
+        close(y, bbdm["enc_cond" + suffix], PASS)
+    if "cond_context" in bbdm:
+        close(model.net.cond_stage_model(cond), bbdm["cond_context"], PASS)
+        close(model.net.cond_stage_model.channel_mapper(model.ends(batch)[2].expand(-1, 3, -1, -1)), bbdm["cond_context"], PASS)
+
+
+@pytest.mark.parametrize("objective", ["grad", "noise", "ysubx"])
+@torch.no_grad()
+def test_bbdm_bridge_and_losses(bbdm, objective):
+    x0, y, t, noise, bridge = bbdm["enc_x"], bbdm["enc_cond"], bbdm["unet_t"], bbdm["noise"], bbdm.model.bridge
+    x_t, at = bridge.sample(x0, y, t, noise), bridge.at(t)
+    target, golden = bridge_target(objective, x0, y, noise, *at), bbdm[f"q_{objective}_x0rec_of_target"]
+    close(x_t, bbdm[f"q_{objective}_xt"], PASS)
+    close(target, bbdm[f"q_{objective}_target"], PASS)
+    close(predict_x0(objective, target, x_t, y, *at), golden, 1e-3 * golden.std() if objective == "noise" else PASS)
+    for loss in ("l1", "l2"):
+        model = bbdm.variant(objective=objective, loss=loss)
+        close(model.loss_at(x0, y, bbdm.small(), t, noise), bbdm[f"loss_{objective}_{loss}"], LOSS_OF_BRIDGE)
+    if objective == "grad":
+        answer = bbdm.model.net(x_t, t, bbdm.small())
+        close(predict_x0("grad", answer, x_t, y, *at), bbdm["p_losses_x0_recon"], PASS)
+
+
+def test_bbdm_gradients(bbdm):
+    """Tensors whose gradient is zero in exact arithmetic (constants that a norm removes) hold rounding errors: only that they are small is compared."""
+    model = bbdm.variant(objective="grad", loss="l1")
+    loss = model.loss_at(bbdm["enc_x"], bbdm["enc_cond"], bbdm.small(), bbdm["unet_t"], bbdm["noise"])
+    parameters = dict(model.net.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))
+    names = [str(n) for n in bbdm.arrays["grad_names"]]
+    assert names == [n for n in parameters if n.startswith("denoise_fn.")]
+    ours, golden = stats_of(gradients, names), bbdm["grad_stats"]
+    real = golden[:, 2] >= 1e-5 * golden[:, 2].max()
+    assert real.float().mean() > 0.5 and (ours[~real, 2] < 1e-5 * golden[:, 2].max()).all()
+    close_stats(ours[real], golden[real])
+    close(gradients["denoise_fn.out.2.weight"], bbdm["grad_out_conv"], PASS)
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+@pytest.mark.parametrize("objective", ["grad", "noise", "ysubx"])
+@torch.no_grad()
+def test_bbdm_way_back(bbdm, objective, eta):
+    steps = sampling_steps(bbdm.model.bridge.timesteps, bbdm.extra["S"])
+    close(steps, bbdm["loop_steps"], 0)
+    golden, way = bbdm[f"loop_{objective}_eta{eta}"], bbdm.walk(steps, eta=eta, objective=objective)
+    close(way[-1][0], golden, 1e-3 * golden.std() if objective == "noise" else LOOP)
+    if objective == "grad":
+        close(torch.stack([x[:1] for x, _ in way]), bbdm[f"loop_grad_eta{eta}_traj"], LOOP)
+        close(torch.stack([x0[:1] for _, x0 in way]), bbdm[f"loop_grad_eta{eta}_x0"], LOOP)
+        if eta == 1:
+            close(bbdm.walk(steps, clip=True)[-1][0], bbdm["loop_grad_eta1_clip"], LOOP)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@torch.no_grad()
+def test_bbdm_colorizer(bbdm, ema, monkeypatch):
+    """From the gray image to the colour image as a user calls it, with the set's noise; the end of the walk decodes to the same codes."""
+    model, cond, Z = bbdm.load(ema), bbdm["img_cond"], bbdm["loop_noise"]
+    golden, steps = bbdm["sample_image_ema" if ema else "sample_image"], bbdm.extra["S"]
+    drawn = iter(Z.flatten(0, 1))
+    colorize = bbdm_colorizer(model, steps)
+    gray, ends = (cond[:, :1] + 1) / 2, []
+    decode, model.decode = model.decode, lambda z: (ends.append(z), decode(z))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda shape, generator=None, device=None: next(drawn).reshape(shape))
+        rgb = colorize(gray, [torch.Generator()] * len(gray))
+    assert next(drawn, None) is None
+    close(rgb, ((golden + 1) / 2).clamp(0, 1), PASS)
+    close(decode(torch.cat(ends)), golden, PASS)
+    if not ema:
+        z = model.normalized(torch.cat(ends), back=True)
+        gaps = [code_gap(model.first_stage, model.first_stage.quant_conv(z) if model.before_quant_conv else z)]
+        close(gaps[0], bbdm["sample_margin"], LOOP)
+        assert min(gaps) >= bbdm["all_latents_margin_min"] - LOOP
+
+
+class GivenNoise:
+    """BBDM whose times and noise come with the batch instead of from the loop's generator."""
+
+    def __init__(self, model):
+        self.model, self.parts = model, model.parts
+
+    def losses(self, batch, generator):
+        yield "net", self.model.loss_at(*self.model.ends(batch), batch["t"], batch["noise"])
+
+
+class Scripted:
+    """One tensor of weights that no step moves, and losses that come with the batch."""
+
+    def __init__(self, weights):
+        self.net = torch.nn.ParameterDict({"weights": weights.clone()})
+
+    def parts(self):
+        return {"net": self.net}
+
+    def losses(self, batch, generator):
+        yield "net", batch["loss"] + 0 * self.net["weights"].sum()
+
+
+def loop_of(trainee, folder, steps, **options):
+    """The training loop with the official optimizer."""
+    options = dict(optimizer="adam", lr=1e-4, beta1=0.9, beta2=0.999, schedule="constant", batch_size=1, seed=0) | options
+    return Trainer(trainee, Run(folder, options), np.zeros((1, 1, 1, 3), np.uint8), np.arange(1), Budget(steps, "steps"), options)
+
+
+def test_bbdm_training_steps(bbdm, tmp_path):
+    """Batches whose gradients are summed, and Adam's steps, made by the training loop from stored latents."""
+    model, T, Z = bbdm.load(ema=False), bbdm["train_t"], bbdm["train_noise"]
+    model.normalize = False
+    latents = torch.cat([z for z in (bbdm["enc_x"], bbdm["enc_cond"], model.small(bbdm["img_cond"])) if z is not None], 1)
+    trainer, last, seen = loop_of(GivenNoise(model), tmp_path, len(T), accumulate=int(bbdm["train_accumulate"])), model.net.denoise_fn.out[2].weight, []
+    last.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    for t, noise, golden in zip(T, Z, bbdm["train_losses"]):
+        z = latents.flip(3) if trainer.step % 2 else latents
+        close(train_step(trainer, dict(latents=z, t=t, noise=noise))["net"], golden, LOSS_OF_BRIDGE)
+        trainer.step += 1
+    close(seen[1], bbdm["train_accumulated_grad_out_conv_after2"], PASS)
+    names = [str(n) for n in bbdm.arrays["train_after_names"]]
+    assert names == [n for n, _ in model.net.named_parameters()]
+    close_stats(stats_of(dict(model.net.named_parameters()), names), bbdm["train_after_stats"])
+    close(last, bbdm["train_after_out_conv_w"], PASS)
+
+
+def test_bbdm_averages(bbdm, tmp_path):
+    """Copies first, then the moving average, taken by the training loop."""
+    values, decays = bbdm["ema_values"], bbdm.arrays["ema_with_decay"]
+    start = 1 + int((~decays).sum())
+    assert (decays == (np.arange(len(decays)) + 1 >= start)).all()
+    trainee = Scripted(values[0])
+    trainer = loop_of(trainee, tmp_path, len(decays), ema=dict(decay=0.995, start=start, every=1))
+    for value, golden in zip(values[1:], bbdm["ema_shadow"]):
+        trainee.net["weights"].data.copy_(value)
+        train_step(trainer, dict(loss=torch.zeros(())))
+        trainer.step += 1
+        close(trainer.ema["net"].module["weights"], golden, 1e-6)
+
+
+def test_bbdm_learning_rates(bbdm, tmp_path):
+    losses, golden = bbdm["plateau_losses"], bbdm.arrays["plateau_lr"]
+    trainer = loop_of(Scripted(torch.zeros(1)), tmp_path, len(losses), schedule="plateau",
+                      plateau=dict(factor=0.5, patience=3, threshold=1e-4, cooldown=2, min_lr=5e-7))
+    for loss, rate in zip(losses, golden):
+        train_step(trainer, dict(loss=loss))
+        trainer.step += 1
+        assert trainer.optimizers["net"].param_groups[0]["lr"] == rate

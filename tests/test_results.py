@@ -8,16 +8,16 @@ import pytest
 
 from faic.core import open_run, pick_device, repo_root, write_json
 from faic.metrics import METRICS, column
-from faic.plots import MODEL_PARTS, PAPER_TABLES, conclude, figure11, hypothesis_sentences, paper_figure, phase2_table, read_evidence
-from faic.plots import sample_file, save_figure, times_table, training_table, variants_table, verdict
+from faic.plots import MODEL_PARTS, PAPER_TABLES, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_seconds, paper_figure, phase2_table, read_evidence
+from faic.plots import sample_file, save_figure, steps_table, times_table, training_table, variants_table, verdict
 from faic.presets import PARTS
 
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
 DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
-TABLES = ("table1", "table2", "table3", "table4", "table_phase2", "table_training")
+TABLES = ("table1", "table2", "table3", "table4", "table_phase2", "table_steps", "table_training")
 FILES = [f"{t}.{e}" for t in TABLES for e in ("csv", "md", "tex")]
-FILES += [f"figure{n}.{e}" for n in (1, *range(4, 12)) for e in ("png", "pdf")] + ["hypothesis.md"]
+FILES += [f"figure{n}.{e}" for n in (*range(1, 12), "_steps") for e in ("png", "pdf")] + ["hypothesis.md"]
 
 
 def scores(fid, width=2.0, only=METRICS):
@@ -59,9 +59,26 @@ def model_runs(model, fid, lightness=("photograph",), seconds=0.05):
     days = [dict(work(d), lightness=l, **scores(fid - d)) for d in range(1, 6) for l in lightness]
     run("phase2", model, list(variants)[0], days, data, budget="300 steps", train=dict(batch_size=4))
     stages = [s for m, s in PAPER_TABLES["Table IV"]["hours"] if m == model]
+    if model == "bbdm":
+        return made  # see time_bbdm
     timing = dict(images=16, side=8, gflop_per_image=0.4, peak_share=0.1, cpu_seconds_per_image=seconds, device="a test's abacus")
-    run("inference", model, None, [dict(timing, stage=s, batch_size=b, seconds_per_image=seconds / b) for s in stages for b in (1, 8)])
+    run("inference", model, None, [dict(timing, stage=s, times=1, batch_size=b, seconds_per_image=seconds / b) for s in stages for b in (1, 8)])
     return made
+
+
+def time_bbdm(seconds, **options):
+    """BBDM's inference times: an image takes one encode and decode of 1/4 of the seconds each and 10 steps that make up the rest."""
+    timing = dict(images=16, side=8, device="a test's abacus", sampling="eta=1, sample_steps=10", precision="float32")
+    stages = dict(encode=(1, 0.25, 3.0), decode=(1, 0.25, 6.0)) | {"U-Net step": (10, 0.05, 2.0)}
+    rows = [dict(timing, stage=s, times=n, batch_size=b, seconds_per_image=share * seconds / b, cpu_seconds_per_image=share * seconds, gflop_per_image=g, peak_share=0.5)
+            for b in (1, 8) for s, (n, share, g) in stages.items()]
+    half = [dict(r, precision="bfloat16", seconds_per_image=r["seconds_per_image"] / 100) for r in rows]
+    return run("inference", "bbdm", None, rows + half, latent="f4", first_stage="own:1a2b3c", **options)
+
+
+def bbdm_run(phase, variant, fid, days=(1,), **options):
+    rows = [dict(day=d, step=60 * d, training_seconds=1.0 * d, sampling="default", lightness=l, **scores(fid - d)) for d in days for l in ("model", "photograph")]
+    return run(phase, "bbdm", variant, rows, budget="300 steps" if phase == "phase2" else "60 steps", train=dict(batch_size=4), **options)
 
 
 def part_run(part, phase, steps, seconds, **options):
@@ -129,8 +146,9 @@ def test_more_models_slot_in(folders):
     baselines()
     model_runs("pix2pix", 80.0)
     model_runs("coltran", 60.0, ("model", "photograph"), seconds=5.0)
-    model_runs("bbdm", 61.0, ("model", "photograph"), seconds=1.0)
-    for part, phase in itertools.product(MODEL_PARTS["coltran"], ("phase1", "phase2")):
+    model_runs("bbdm", 61.0, ("model", "photograph"))
+    time_bbdm(1.0)
+    for part, phase in itertools.product([*MODEL_PARTS["coltran"], *MODEL_PARTS["bbdm"]], ("phase1", "phase2")):
         part_run(part, phase, 40, 12.0, budget="40 steps")
     evidence = read_evidence("smoke", "embedded", 0, dict(phase1="60 steps", phase2="300 steps"))
     assert not any(n.startswith("Left out") for n in training_table(evidence).notes)
@@ -165,7 +183,8 @@ def test_parts_stand_apart(folders):
     assert rows.loc["ColTran, color upsampler, phase 1", "step"] == 11, "the part that the runs name goes before a newer one"
     assert rows.loc["ColTran, color upsampler, phase 2", "step"] == 60
     assert "trained beside" in variants_table("Table II", read_evidence("smoke", "embedded", 0)).markdown()
-    assert {m: tuple(p) for m, p in MODEL_PARTS.items()} == PARTS
+    named = {m: {part for kind, parts in MODEL_PARTS.items() if kind.split(":")[0] == m for part in parts} for m in PARTS}
+    assert named == {m: set(p) for m, p in PARTS.items()}, "every part has a name in tables"
 
 
 def test_figure11_compares_upsamplers_and_nothing_else(folders):
@@ -185,6 +204,59 @@ def test_figure11_compares_upsamplers_and_nothing_else(folders):
     entries = phase2_table(evidence).frame.set_index("entry")[column("FID", LABEL)].to_dict()
     assert entries["ColTran"] == 78 and entries["ColTran, sampling upsamplers=official:2b"] == 60
     assert f"Sampling: {own}." in phase2_table(evidence).notes
+
+
+def test_further_models_are_no_rivals(folders):
+    """BBDM in other spaces stands in the tables under names of its own; the verdicts, the common day and Figure 7 know only the three rivals."""
+    baselines()
+    model_runs("pix2pix", 80.0)
+    bbdm_run("phase2", "l2", 70.0, range(1, 6), latent="f4", first_stage="own:1a2b3c")
+    before = hypothesis_sentences(read_evidence("smoke", "embedded", 0)), [ax.lines[0].get_ydata().tolist() for ax in figure7(read_evidence("smoke", "embedded", 0)).axes]
+    bbdm_run("phase2", "l2", 20.0, (1, 2), latent="f4", first_stage="plain:4d5e6f")
+    bbdm_run("phase2", "l2", 10.0, range(1, 6), latent="none", first_stage="")
+    bbdm_run("phase2", "l2", 30.0, range(1, 6), latent="f8", first_stage="given:7a8b9c", time="2031-06-06")
+    bbdm_run("phase1", "default", 5.0, latent="f8", first_stage="given:7a8b9c")
+    part = run("part", "vqgan_f4", None, [], DATA | dict(train=120), of="phase2", budget="40 steps", train=dict(batch_size=24))
+    for lightness, fid in (("model", 8.0), ("photograph", 6.0)):
+        part.add_metrics(dict(day=1, step=40, training_seconds=12.0, lightness=lightness, **scores(fid), **{"codebook usage": 0.25, "perplexity": 30.0}))
+    evidence = read_evidence("smoke", "embedded", 0)
+    assert (hypothesis_sentences(evidence), [ax.lines[0].get_ydata().tolist() for ax in figure7(evidence).axes]) == before
+    table, fid = phase2_table(evidence), column("FID", LABEL)
+    rows = table.frame.set_index("entry")
+    assert rows.loc[["BBDM", "BBDM, f4, no perceptual term", "BBDM, f8, given first stage", "BBDM, pixel space"], ["day", fid]].values.tolist() == [[5, 65], [2, 18], [5, 25], [5, 5]]
+    assert rows.loc["VQGAN f4, reconstruction", [fid, "codebook usage"]].tolist() == [8, 0.25] and "training_seconds" in rows
+    assert np.isnan(rows.loc["VQGAN f4, reconstruction", "training_seconds"]), "its work stands apart"
+    assert table.view.loc["FID (EfficientNet-Lite0), photograph's L", "VQGAN f4, reconstruction"] == "6.0 [4.0, 8.0]"
+    assert "must not be compared" not in table.markdown()
+    assert not variants_table("Table III", evidence).frame["status"].eq("run").any(), "Table III is about f4"
+    work = training_table(evidence).frame.set_index("entry")
+    assert work.loc["BBDM, VQGAN f4, phase 2", ["step", "epochs"]].tolist() == [40, 8] and work.loc["BBDM, VQGAN f4, phase 1", "status"] == "not run"
+    assert "BBDM, f8, given first stage, phase 1: default" in work.index and "BBDM, pixel space, phase 1" not in work.index
+
+
+def test_table4_adds_up_stages(folders):
+    time_bbdm(4.0)
+    table = times_table(read_evidence("smoke", "embedded", 0))
+    row = table.frame.set_index("entry").loc["BBDM"]
+    assert row[["batch_size", "seconds_per_image", "cpu_seconds_per_image", "gflop_per_image", "peak_share"]].tolist() == [8, 0.5, 4.0, 29.0, 0.5], "float32 at batch 8: (1 + 10 x 0.2 + 1)/8 s"
+    assert row["projected_seconds"] == 2500 and table.view.loc["here, h:mm:ss", "BBDM"] == "0:41:40"
+    assert any("added up (eta=1, sample_steps=10)" in n for n in table.notes)
+    assert model_seconds(read_evidence("smoke", "embedded", 0))["BBDM"][0] == 0.5
+
+
+def test_steps_curve(folders):
+    baselines()
+    made = run("steps", "bbdm", None, [], latent="f4", first_stage="own:1a2b3c", weights="phase2-bbdm-l2", day=5, eta=1.0, images=48, budget="300 steps")
+    assert steps_table(read_evidence("smoke", "embedded", 0)).frame["status"].tolist() == ["not run"], "without rows there is no curve"
+    for steps, fid, lightness in ((10, 60.0, "model"), (10, 55.0, "photograph"), (4, 90.0, "model"), (4, 80.0, "photograph"), (np.nan, 104.0, "photograph")):
+        made.add_metrics(dict(sample_steps=steps, lightness=lightness, seconds_per_image=steps / 100, **scores(fid)))
+    evidence = read_evidence("smoke", "embedded", 0, dict(steps="300 steps"))
+    table = steps_table(evidence)
+    assert table.view.loc[column("FID", LABEL)].tolist() == ["60.0 [58.0, 62.0]", "90.0 [88.0, 92.0]", "104.0 [102.0, 106.0]"]
+    assert table.view.columns.tolist() == ["BBDM, 10 steps", "BBDM, 4 steps", "gray image"] and "phase2-bbdm-l2, day 5" in table.markdown()
+    curve, gray = figure_steps(evidence).axes[0].lines
+    assert curve.get_xydata().tolist() == [[4, 90], [10, 60]] and set(gray.get_ydata()) == {104}
+    assert steps_table(read_evidence("smoke", "embedded", 0, dict(steps="1 steps"))).frame["status"].tolist() == ["not run"], "of another budget"
 
 
 def test_what_is_left_out_is_said(folders):
