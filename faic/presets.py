@@ -9,7 +9,7 @@ __all__ = ['PAPER', 'VQGANS', 'LATENTS', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_F
            'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name', 'at_least',
            'given', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
 
-# %% ../nbs/31_presets.ipynb #250861a6
+# %% ../nbs/31_presets.ipynb #51f460f1
 import hashlib, math
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,12 @@ from types import SimpleNamespace
 from .bbdm import BBDM, bbdm_colorizer
 from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, official_colorizer, official_upsampler
 from .core import Budget, budget_or_empty, check_params, comma_list, one_of, short_hash, text, whole
+from .layers import norm_groups
 from .pix2pix import Pix2Pix, pix2pix_colorizer
 from .plots import PAPER_TABLES
 from .vqgan import DISCRIMINATORS, VQGAN, ldm_model
 
-# %% ../nbs/31_presets.ipynb #76035f0d
+# %% ../nbs/31_presets.ipynb #236cb939
 _COLTRAN = dict(
     side=256, load_side=256, flip=False,            # the whole photograph each time, never mirrored
     dim=512, heads=4, ff=512,
@@ -49,7 +50,7 @@ PAPER = {
 }
 
 def _vqgan(latent, n_embed, batch_size):
-    shared = dict(side=256, load_side=256, flip=True, latent=latent, ch=128, num_res_blocks=2, n_embed=n_embed, **DISCRIMINATORS[latent], disc_width=64,
+    shared = dict(side=256, load_side=256, flip=True, latent=latent, ch=128, num_res_blocks=2, n_embed=n_embed, **DISCRIMINATORS[latent], disc_width=64, codebook='uniform',
                   batch_size=batch_size, optimizer='adam', lr=4.5e-6*batch_size, beta1=.5, beta2=.9, schedule='constant', ema=None)
     return {f'vqgan_{latent}': shared | dict(perceptual_weight=1.), f'vqgan_{latent}_plain': shared | dict(perceptual_weight=0.)}
 
@@ -101,20 +102,20 @@ def _small_bbdm(decay, unet, vqgan): # what a small preset changes in BBDM and i
 
 def _both(budget, further=None): return dict.fromkeys(VQGANS, (budget, further or budget)) # the same for each VQGAN
 
-# %% ../nbs/31_presets.ipynb #c703b30d
+# %% ../nbs/31_presets.ipynb #59f65fe8
 PRESETS = {
     'smoke': dict(
         budget='100 steps', parts={'coltran_color': ('100 steps', '100 steps'), 'coltran_spatial': ('100 steps', '100 steps')} | _both('100 steps'),
         sampling={'bbdm': dict(sample_steps=10)},
         changes={'pix2pix': dict(side=64, load_side=72, width=16)} | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
-                              dict(ch=32, num_res_blocks=1, n_embed=256, disc_width=16, disc_start=50, batch_size=2, lr=1e-3))),
+                              dict(ch=32, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=50, batch_size=2, lr=1e-3))),
     'laptop': dict(
-        budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.1 hours'),
+        budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.15 hours', '0.25 hours'),
         sampling={'bbdm': dict(sample_steps=50)},
         changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(128, 8), _narrow(64, 8, lr=3e-3), _narrow(64, 2, lr=3e-3))
-                | _small_bbdm(.99, dict(channels=32),
-                              dict(ch=32, num_res_blocks=1, n_embed=1024, disc_width=32, disc_start=500, batch_size=8, lr=5e-4))),
+                | _small_bbdm(.99, dict(channels=32, lr=3e-4),
+                              dict(ch=32, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=1500, batch_size=8, lr=1e-3, schedule='half'))),
     'gpu': dict(
         budget='0.015 hours', parts={'coltran_color': ('0.005 hours', '0.005 hours'), 'coltran_spatial': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
         changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {}, dict(batch_size=8))
@@ -153,7 +154,7 @@ def part_budget(
     "How much training a part gets in a phase."
     return Budget.parse(PRESETS[preset]['parts'][part][('phase1', 'phase2').index(phase)])
 
-# %% ../nbs/31_presets.ipynb #6890897a
+# %% ../nbs/31_presets.ipynb #fe2f5bf0
 def make_trainee(
     model:str, # one of MODELS, or a part
     options:dict, # see model_options
@@ -168,10 +169,10 @@ def make_trainee(
     if model in PARTS['coltran']: return {'coltran_color': ColTranColor, 'coltran_spatial': ColTranSpatial}[model](o['side'], o['dim'], o['heads'], o['ff'], o['layers'], seed)
     if model == 'bbdm':
         sizes = {n: o[n] for n in ('factor', 'latent_channels', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors')}
-        return BBDM(**sizes, latent_side=o['side']//o['factor'], conditioning=o['conditioning'], objective=o['objective'], loss=o['loss'],
+        return BBDM(**sizes, latent_side=o['side']//o['factor'], groups=norm_groups(o['channels']), conditioning=o['conditioning'], objective=o['objective'], loss=o['loss'],
                     first_stage=next(iter(parts.values()), None), seed=seed)
     if model in VQGANS:
-        return VQGAN(**{n: o[n] for n in ('latent', 'ch', 'num_res_blocks', 'n_embed', 'perceptual_weight', 'disc_start', 'disc_weight', 'disc_layers', 'disc_width')}, seed=seed)
+        return VQGAN(**{n: o[n] for n in ('latent', 'ch', 'num_res_blocks', 'n_embed', 'perceptual_weight', 'disc_start', 'disc_weight', 'disc_layers', 'disc_width', 'codebook')}, seed=seed)
     raise ValueError(f'model is one of {", ".join(PAPER)}, got {model!r}')
 
 def make_colorizer(

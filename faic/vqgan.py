@@ -136,13 +136,19 @@ class Decoder(nn.Module):
         for level in reversed(self.up): x = level(x)
         return self.conv_out(self.norm_out(x))
 
-# %% ../nbs/22_vqgan.ipynb #9bb41a54
+# %% ../nbs/22_vqgan.ipynb #9f7fd563
 class VectorQuantizer(nn.Module):
     "Replace each pixel of a latent by the nearest of n_embed learned vectors."
     def __init__(self, n_embed:int, embed_dim:int):
         super().__init__()
         self.embedding = nn.Embedding(n_embed, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1/n_embed, 1/n_embed)
+
+    @torch.no_grad()
+    def begin_with(self, z:Tensor, generator:torch.Generator=None): # (B,embed_dim,h,w)
+        "Take the codes from latents, at random."
+        pixels, codes = z.movedim(1, -1).flatten(0, -2), self.embedding.weight
+        codes.copy_(pixels[torch.randint(len(pixels), (len(codes),), generator=generator).to(z.device)])
 
     @torch.no_grad()
     def nearest(self, z:Tensor)->Tensor: # (N,embed_dim) -> (N,) long
@@ -259,7 +265,7 @@ class PerceptualDistance(nn.Module):
             cosines = [(u*v).sum(1).mean((1, 2)) for u, v in zip(self.features(a.float()), self.features(b.float()))]
             return 1 - torch.stack(cosines).mean(0)
 
-# %% ../nbs/22_vqgan.ipynb #f4d8e590
+# %% ../nbs/22_vqgan.ipynb #9773b6be
 DISCRIMINATORS = { # LDM's: batches before the discriminator takes part, its weight, its depth
     'f4': dict(disc_start=0, disc_weight=.75, disc_layers=3),
     'f8': dict(disc_start=1, disc_weight=.6, disc_layers=2),
@@ -280,9 +286,11 @@ class VQGAN:
         disc_weight:float=None, # None: LDM's
         disc_layers:int=None, # None: LDM's
         disc_width:int=64,
+        codebook:str='uniform', # how it begins: 'uniform' as LDM's, or 'data': with latents of the first batch
         seed:int=0, # of the initial weights
     ):
         if latent not in FIRST_STAGES: raise ValueError(f'latent is one of {", ".join(FIRST_STAGES)}, got {latent!r}')
+        if codebook not in ('uniform', 'data'): raise ValueError(f"codebook is 'uniform' or 'data', got {codebook!r}")
         official = DISCRIMINATORS[latent.split('-')[0]]
         self.disc_start = official['disc_start'] if disc_start is None else disc_start
         self.disc_weight = official['disc_weight'] if disc_weight is None else disc_weight
@@ -290,7 +298,7 @@ class VQGAN:
             torch.manual_seed(seed)
             self.net = VQModel(**FIRST_STAGES[latent] | dict(ch=ch, num_res_blocks=num_res_blocks, groups=min(32, ch//4)) | (dict(n_embed=n_embed) if n_embed else {}))
             self.D = PatchDiscriminator(official['disc_layers'] if disc_layers is None else disc_layers, disc_width)
-        self.perceptual_weight, self.perceptual, self.terms = perceptual_weight, None, {}
+        self.perceptual_weight, self.perceptual, self.codebook, self.terms = perceptual_weight, None, codebook, {}
 
     def parts(self)->dict:
         "The networks, one optimizer each; the perceptual network is not among them, it stays as it is."
@@ -298,11 +306,12 @@ class VQGAN:
 
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1]
-        generator:torch.Generator=None, # draws nothing
+        generator:torch.Generator=None, # of the first codes, with codebook 'data'; else draws nothing
     ):
         "Yield ('net', loss) and, from batch disc_start on, ('D', loss)."
         x = batch['rgb']*2 - 1
         z = self.net.encode(x)
+        if self.codebook == 'data' and int(self.D.steps) == 0: self.net.quantize.begin_with(z, generator)
         zq, index, codebook = self.net.quantize(z)
         rec = self.net.decode(zq, quantize=False)
         l1, perceptual = F.l1_loss(rec, x), self._perceptual(rec, x)

@@ -1,7 +1,7 @@
 """Numbers produced by running the official code, against ours.
 
 A set is a folder <root>/<model>/. Pix2Pix's has arrays.npz, latest_net_G.pth and latest_net_D.pth; ColTran's has configs.json and files whose
-names begin with a case of it. The repo keeps a small set of each in tests/golden; ../shared/golden is used too where it is there; the
+names begin with a case of it; the VQGAN's and BBDM's have arrays.npz and model.ckpt or last_model.pth. The repo keeps a small set of each in tests/golden; ../shared/golden is used too where it is there; the
 environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options come from the files. Tolerances are those of the set's README, by
 quantity."""
 import copy
@@ -592,7 +592,7 @@ def test_coltran_paper_size_spatial_upsampler(found):
 # VQGAN and BBDM. A set is arrays.npz and the official checkpoint, model.ckpt or last_model.pth; the repo's sets have no checkpoint: it is
 # written here from weights that follow from a tensor's name and a seed.
 
-PASS, LOSS_OF_BRIDGE, LOOP = 5e-5, 1e-5, 5e-4  # absolute; relative and absolute; absolute
+PASS, LOSS_OF_BRIDGE, LOOP = 5e-5, 1e-5, 5e-4  # absolute: activations of one pass, losses, the end of the way back
 
 
 def recipe(shapes, seed):
