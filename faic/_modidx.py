@@ -649,6 +649,7 @@ d = { 'settings': { 'branch': 'main',
                             'faic.vqgan.ldm_model': ('vqgan.html#ldm_model', 'faic/vqgan.py'),
                             'faic.vqgan.ldm_state': ('vqgan.html#ldm_state', 'faic/vqgan.py'),
                             'faic.vqgan.load_ldm': ('vqgan.html#load_ldm', 'faic/vqgan.py'),
+                            'faic.vqgan.model_of': ('vqgan.html#model_of', 'faic/vqgan.py'),
                             'faic.vqgan.read_safely': ('vqgan.html#read_safely', 'faic/vqgan.py'),
                             'faic.vqgan.save_ldm': ('vqgan.html#save_ldm', 'faic/vqgan.py'),
                             'faic.vqgan.sizes_of': ('vqgan.html#sizes_of', 'faic/vqgan.py')}}}

@@ -195,7 +195,7 @@ def init_weights(net:nn.Module)->nn.Module: # the same network
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.normal_(m.weight, std=.02)
     return net
 
-# %% ../nbs/23_bbdm.ipynb #395b8d89
+# %% ../nbs/23_bbdm.ipynb #73dd4774
 def gray_pixels(gray:Tensor)->Tensor: # (B,1,H,W) in [0,1] -> (B,3,H,W) in [-1,1]
     "The gray twin of a photograph, as BBDM sees it."
     return (gray*2 - 1).expand(-1, 3, -1, -1)
@@ -217,6 +217,7 @@ class BBDM:
         scale_shift:bool=True,
         resblock_updown:bool=True,
         conditioning:str='nocond', # one of CONDITIONINGS
+        context_channels:int=None, # of the rescaler; None: as many as the latents have
         timesteps:int=1000, schedule:str='linear', max_var:float=1., # of the bridge
         objective:str='grad', # one of OBJECTIVES
         loss:str='l1', # or 'l2'
@@ -230,7 +231,7 @@ class BBDM:
         if conditioning not in CONDITIONINGS: raise ValueError(f'conditioning is one of {", ".join(CONDITIONINGS)}, got {conditioning!r}')
         if loss not in ('l1', 'l2'): raise ValueError(f"the loss is 'l1' or 'l2', got {loss!r}")
         bridge_target(objective, *(torch.zeros(1),)*5) # refuses what is none
-        c, context = latent_channels, 0 if conditioning == 'nocond' else latent_channels
+        c, context = latent_channels, 0 if conditioning == 'nocond' else context_channels or latent_channels
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             unet = UNet(c + context, channels, c, num_res_blocks, shorter(channel_mult, latent_side), attention_factors, num_heads, head_channels, scale_shift, resblock_updown, groups)
@@ -516,7 +517,7 @@ def figure3(
     for i, (text, colour) in enumerate((('learns here', LEARNS), ('trained before, frozen', FROZEN))): box(ax, 5.07, .6 - .28*i, 1.32, .2, text, colour=colour)
     return fig
 
-# %% ../nbs/23_bbdm.ipynb #97d5faf1
+# %% ../nbs/23_bbdm.ipynb #0f0d0537
 STATISTICS = tuple(f'{whose}_latent_{name}' for whose in ('ori', 'cond') for name in ('mean', 'std'))
 
 def read_bbdm(path:Path)->dict: # what the file holds: 'model', 'ema', ...
@@ -545,7 +546,7 @@ def _sizes(state): # keyword arguments of BBDM from the shapes of a checkpoint
     return dict(latent_channels=out, channels=channels, channel_mult=tuple(w//channels for w in widths), num_res_blocks=res, timesteps=len(state['m_t']),
                 attention_factors=tuple(2**level for level, n in enumerate(firsts) if f'denoise_fn.input_blocks.{n}.1.qkv.weight' in state),
                 scale_shift=shape('input_blocks.1.0.emb_layers.1.weight')[0] == 2*widths[0], resblock_updown=not any(last(n, 'conv.weight') for n in ups),
-                conditioning='rescaler' if rescaler else 'nocond' if wide == out else 'y')
+                conditioning='rescaler' if rescaler else 'nocond' if wide == out else 'y', context_channels=wide - out)
 
 def _count(state, blocks): return 1 + max(int(k.split('.')[2]) for k in state if k.startswith(f'denoise_fn.{blocks}.'))
 
@@ -580,7 +581,7 @@ def load_bbdm(
     model.net.load_state_dict({k: v for k, v in tensors.items() if k not in tables})
     return model
 
-# %% ../nbs/23_bbdm.ipynb #e49ad82a
+# %% ../nbs/23_bbdm.ipynb #bd34907d
 def save_bbdm(
     path:Path, # e.g. last_model.pth
     model:BBDM, # with its raw weights
@@ -588,7 +589,9 @@ def save_bbdm(
     step:int=0, # batches
     epoch:int=0,
 ):
-    "Write a checkpoint that the official code loads."
+    "Write a checkpoint that the official code loads; ValueError for a narrow network, whose norms the official code does not have."
+    if any(m.num_groups != 32 for net in (model.net, model.first_stage) if net is not None for m in net.modules() if isinstance(m, nn.GroupNorm)):
+        raise ValueError('the official code has 32 groups in every norm, this network fewer; it can only be kept as a run of this study')
     cpu = lambda tensors: {k: v.detach().cpu() for k, v in tensors.items()}
     net = model.net.state_dict()
     stage = {f'vqgan.{k}': v for k, v in model.first_stage.state_dict().items()} if model.first_stage is not None else {}

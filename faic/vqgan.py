@@ -6,7 +6,7 @@
 __all__ = ['FIRST_STAGES', 'DISCRIMINATORS', 'FRAMEWORKS', 'CONTAINERS', 'Norm', 'ResnetBlock', 'AttnBlock', 'Downsample',
            'Upsample', 'Level', 'Middle', 'Encoder', 'Decoder', 'VectorQuantizer', 'VQModel', 'PatchDiscriminator',
            'PerceptualDistance', 'VQGAN', 'codes_used', 'Inert', 'read_safely', 'ldm_state', 'fit', 'load_ldm',
-           'save_ldm', 'sizes_of', 'ldm_model']
+           'save_ldm', 'sizes_of', 'model_of', 'ldm_model']
 
 # %% ../nbs/22_vqgan.ipynb #ef11b8b8
 import math
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up): x = level(x)
         return self.conv_out(self.norm_out(x))
 
-# %% ../nbs/22_vqgan.ipynb #9f7fd563
+# %% ../nbs/22_vqgan.ipynb #f6e67b28
 class VectorQuantizer(nn.Module):
     "Replace each pixel of a latent by the nearest of n_embed learned vectors."
     def __init__(self, n_embed:int, embed_dim:int):
@@ -146,9 +146,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def begin_with(self, z:Tensor, generator:torch.Generator=None): # (B,embed_dim,h,w)
-        "Take the codes from latents, at random."
+        "Make the codes latents drawn at random, each once before any comes twice."
         pixels, codes = z.movedim(1, -1).flatten(0, -2), self.embedding.weight
-        codes.copy_(pixels[torch.randint(len(pixels), (len(codes),), generator=generator).to(z.device)])
+        order = torch.randperm(len(pixels), generator=generator).repeat(math.ceil(len(codes)/len(pixels)))
+        codes.copy_(pixels[order[:len(codes)].to(z.device)])
 
     @torch.no_grad()
     def nearest(self, z:Tensor)->Tensor: # (N,embed_dim) -> (N,) long
@@ -398,7 +399,7 @@ def fit(
     if missing or foreign or shapes: raise ValueError(f'{source} does not fit this {type(net).__name__}.\nmissing: {missing}\nunknown: {foreign}\nother shape: {shapes}')
     net.load_state_dict(state)
 
-# %% ../nbs/22_vqgan.ipynb #a7848968
+# %% ../nbs/22_vqgan.ipynb #ed97a9dd
 def load_ldm(
     net:VQModel, # of the file's sizes
     path:Path, # LDM's model.ckpt
@@ -412,10 +413,11 @@ def save_ldm(
     net:VQModel,
     path:Path,
 ):
-    "Save a first stage so that LDM's code loads it."
+    "Save a first stage so that LDM's code loads it; ValueError for a narrow one, whose norms LDM's code does not have."
+    if (groups := net.decoder.norm_out.num_groups) != 32: raise ValueError(f"LDM's code has 32 groups in every norm, this network {groups}; it can only be kept as a run of this study")
     torch.save({'state_dict': {k: v.cpu().contiguous() for k, v in net.state_dict().items()}}, path)
 
-# %% ../nbs/22_vqgan.ipynb #45a185cf
+# %% ../nbs/22_vqgan.ipynb #d0a9f6aa
 def sizes_of(
     state:dict, # name -> tensor, of a first stage
     source, # where it comes from, for the error
@@ -432,9 +434,15 @@ def sizes_of(
                     in_channels=in_channels, out_channels=len(state['decoder.conv_out.weight']))
     except KeyError as e: raise ValueError(f'{source} is not a first stage of LDM: it has no {e}. It has: {sorted(state)[:4]} ...') from None
 
-def ldm_model(path:Path)->VQModel: # in eval mode
-    "The first stage whose sizes an LDM checkpoint shows, with its weights."
-    state, _ = ldm_state(path)
-    net = VQModel(**sizes_of(state, path))
-    fit(net, state, path)
+def model_of(
+    state:dict, # name -> tensor, with LDM's names
+    source='the state', # where it comes from, for errors
+)->VQModel: # in eval mode
+    "The first stage whose sizes the tensors show, with these weights."
+    net = VQModel(**sizes_of(state, source))
+    fit(net, state, source)
     return net.eval()
+
+def ldm_model(path:Path)->VQModel: # in eval mode
+    "The first stage in an LDM checkpoint."
+    return model_of(ldm_state(path)[0], path)

@@ -1,9 +1,9 @@
 """Numbers produced by running the official code, against ours.
 
 A set is a folder <root>/<model>/. Pix2Pix's has arrays.npz, latest_net_G.pth and latest_net_D.pth; ColTran's has configs.json and files whose
-names begin with a case of it; the VQGAN's and BBDM's have arrays.npz and model.ckpt or last_model.pth. The repo keeps a small set of each in tests/golden; ../shared/golden is used too where it is there; the
-environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options come from the files. Tolerances are those of the set's README, by
-quantity."""
+names begin with a case of it; the VQGAN's and BBDM's have arrays.npz and model.ckpt or last_model.pth. The repo keeps a small set of each in
+tests/golden; ../shared/golden is used too where it is there; the environment variable FAIC_GOLDEN replaces both. Shapes, sizes and options come
+from the files. Tolerances are those of the set's README, by quantity."""
 import copy
 import json
 import os
