@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import faic.bbdm
 import faic.coltran
 import faic.study
+import faic.vqgan
 from faic.coltran import Colorizer, Upsampler
-from faic.core import check_params, pick_device, read_runs, runs_dir
+from faic.core import Budget, check_params, pick_device, read_runs, runs_dir
 from faic.data import load_photos
 from faic.plots import main_rows
-from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given
-from faic.study import find_parts, ready_parts, refuse_other_data, run_days, run_pretrained, train_part
+from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given, notebook_parameters
+from faic.study import find_parts, ready_parts, refuse_other_data, run_days, run_pretrained, study_run, train_part
 from faic.train import TrainingStopped
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
@@ -171,7 +173,7 @@ def test_wrong_parameters_stop_at_once_with_the_valid_ones(tmp_path):
     began = time.monotonic()
     done = papermill("phase2", tmp_path, model="colrtan", sede=3, batch_norm="off", budget="two days", temperature=-1)
     assert done.returncode != 0 and time.monotonic() - began < 30
-    for expected in ("one of 'pix2pix', 'coltran'", "sede: no such parameter", "'image', 'running'", "a budget reads like", "a number, 0 or more"):
+    for expected in ("one of 'pix2pix', 'coltran', 'bbdm'", "sede: no such parameter", "'image', 'running'", "a budget reads like", "a number, 0 or more"):
         assert expected in done.stderr, done.stderr[-2000:]
 
 
@@ -274,7 +276,7 @@ def test_a_part_does_not_depend_on_which_notebook_was_first(coltran, tmp_path, m
     """Phase 1's notebook and then phase 2's, against phase 2 alone."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos()
-    first, second = (train_part("coltran_color", phase, "smoke", 0, photos, CPU) for phase in ("phase1", "phase2"))
+    first, second = (train_part("coltran_color", phase, "smoke", 0, photos, Judge(), CPU) for phase in ("phase1", "phase2"))
     for run in (first, second):
         alone = load_file(coltran / "runs" / run.path.name / "day-1.safetensors")
         assert same(weights(run), alone)
@@ -286,7 +288,7 @@ def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
     small_parts(monkeypatch, 60)
     photos, calls = load_photos(), []
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
-    whole = train_part("coltran_color", "phase2", "smoke", 0, photos, CPU)
+    whole = train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
 
     class Trainer(faic.study.Trainer):
         def __init__(self, *args, **kwargs):
@@ -303,11 +305,11 @@ def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
         patch.setattr(faic.study, "Trainer", Trainer)
         patch.setattr(faic.coltran.ColTranColor, "losses", losses)
         with pytest.raises(KeyboardInterrupt):
-            train_part("coltran_color", "phase2", "smoke", 0, photos, CPU)
+            train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
     (stopped,) = read_runs(of="phase2")
     assert torch.load(stopped.path / "last.pt")["step"] == 25 and not (stopped.path / "day-1.safetensors").exists()
     shutil.rmtree(read_runs(of="phase1")[0].path)
-    again = train_part("coltran_color", "phase2", "smoke", 0, photos, CPU)
+    again = train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
     assert again.path.name == whole.path.name and same(weights(again), weights(whole))
     assert [e for e in again.events() if "seconds" not in e] == [e for e in whole.events() if "seconds" not in e]
 
@@ -316,10 +318,10 @@ def test_a_part_whose_beginning_is_gone_says_so(tmp_path, monkeypatch):
     small_parts(monkeypatch, 2)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos()
-    first = train_part("coltran_color", "phase1", "smoke", 0, photos, CPU)
+    first = train_part("coltran_color", "phase1", "smoke", 0, photos, Judge(), CPU)
     (first.path / "last.pt").unlink()
     with pytest.raises(TrainingStopped, match="is missing; restore it, or move its folder away"):
-        train_part("coltran_color", "phase2", "smoke", 0, photos, CPU)
+        train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +344,7 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, of
     (run,) = read_runs(phase="phase2", model="coltran")
     kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl")}
     photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
-    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, CPU)
+    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
     run_days(run, photos, Judge(), sampling, CPU, parts)
     rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
     assert list(rows.values()) == [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5]] * 2 and sum("upsamplers=official:" in name for name in rows) == 1
@@ -354,8 +356,8 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, of
 def test_one_given_upsampler_and_one_of_ours(copied_runs, official, tmp_path):
     shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
     photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
-    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, CPU)
-    own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], CPU)
+    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
+    own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
     assert list(parts) == list(own) and parts["coltran_color"].head.in_features == 8, "the given color upsampler ..."
     assert torch.equal(parts["coltran_spatial"].head.weight, own["coltran_spatial"].head.weight), "... with our spatial one"
     (spatial,) = [r.path.name[-6:] for r in read_runs(phase="part", model="coltran_spatial", of="phase2")]
@@ -405,3 +407,124 @@ def test_a_run_without_its_parts_says_what_is_missing(copied_runs):
         shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="needs its part coltran_spatial"):
         find_parts(run, SAMPLING["coltran"], CPU)
+
+
+# BBDM: a part that training itself needs, latents that are prepared once, samplings that differ in steps.
+
+
+@pytest.fixture(scope="module")
+def bbdm(tmp_path_factory):
+    """Phase 2 of BBDM alone; its folder has runs/ and the executed notebook."""
+    folder = tmp_path_factory.mktemp("bbdm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIC_RUNS", str(folder / "runs"))
+        done = papermill("phase2", folder, model="bbdm", sample_steps=3, **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def bbdm_runs(bbdm, tmp_path, monkeypatch):
+    """Its runs in a folder of their own, to be changed by a test."""
+    shutil.copytree(bbdm / "runs", tmp_path / "runs")
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    return bbdm
+
+
+def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
+    said = printed(bbdm_runs)
+    first, second = (read_runs(phase="part", model="vqgan_f4", of=phase)[0] for phase in ("phase1", "phase2"))
+    assert second.events()[0]["run"] == first.path.name
+    for r, part in ((first, "validation"), (second, "test")):
+        m = r.metrics()
+        assert m["part"].tolist() == [part] * 2 and m["lightness"].tolist() == ["model", "photograph"]
+        assert 0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0] and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
+    (run,) = read_runs(phase="phase2", model="bbdm")
+    assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{second.path.name[-6:]}")
+    (file,) = runs_dir().glob("data-embedded-*/*.f16")
+    assert file.stat().st_size == 2 * 120 * 6 * 16 * 16 and "latents of train: made" in said
+    table = run.metrics()
+    assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["sampling"].unique().tolist() == ["eta=1, sample_steps=3"]
+    assert table["step"].tolist() == [3, 3, 6, 6, 9, 9, 12, 12, 15, 15]
+
+
+def test_more_steps_are_rows_of_the_same_run(bbdm_runs):
+    (run,) = read_runs(phase="phase2", model="bbdm")
+    kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")}
+    parts = find_parts(run, dict(sample_steps=4, eta=0.0), CPU)
+    run_days(run, load_photos(), Judge(), dict(sample_steps=4, eta=0.0), CPU, parts)
+    assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {"eta=0, sample_steps=4": 5, "eta=1, sample_steps=3": 5}
+    assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
+
+
+@pytest.mark.parametrize("stage", ["first stage", "bbdm"])
+def test_an_interrupted_bbdm_ends_the_same(bbdm, stage, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, in its first stage or in its own training; the whole runs are phase 2's of the fixture."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    owner, stop = (faic.vqgan.VQGAN, 100 + 60) if stage == "first stage" else (faic.bbdm.BBDM, 8)
+    if stage == "bbdm":
+        for folder in (bbdm / "runs").glob("part-*"):
+            shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    photos, calls = load_photos(), []
+
+    class Trainer(faic.study.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, save_minutes=0, **kwargs)
+
+    def losses(self, batch, generator, original=owner.losses):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        yield from original(self, batch, generator)
+
+    def phase2():
+        parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+        return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faic.study, "Trainer", Trainer)
+        patch.setattr(owner, "losses", losses)
+        with pytest.raises(KeyboardInterrupt):
+            phase2()
+    run = phase2()
+    parts = [r.path.name for r in read_runs(phase="part")]
+    assert len(parts) == 2 and parts == sorted(f.name for f in (bbdm / "runs").glob("part-*"))
+    for name in [f"{p}/day-1.safetensors" for p in parts] + [f"{run.path.name}/day-{d}.safetensors" for d in range(1, 6)]:
+        assert same(load_file(tmp_path / "runs" / name), load_file(bbdm / "runs" / name)), name
+
+
+@pytest.mark.parametrize("latent", ["f4", "f8", "none"])
+def test_other_spaces_train_and_colorize(latent, tmp_path, monkeypatch):
+    """A given first stage, another factor, and no latent space at all."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("2 steps", "2 steps")))
+    photos, stage = load_photos(), ""
+    if latent == "f4":
+        stage = str(tmp_path / "model.ckpt")
+        faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage)
+    parts, sampling = ready_parts("bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage)
+    run = study_run("phase1", "bbdm", "default", "smoke", 0, photos, Budget(2, "steps"), CPU, latent, stage)
+    run_days(run, photos, Judge(), sampling, CPU, parts)
+    assert run.options["first_stage"].split(":")[0] == dict(f4="given", f8="own", none="")[latent]
+    assert len(read_runs(phase="part")) == (latent == "f8") and len(parts) == (latent != "none")
+    assert run.metrics()["lightness"].tolist() == ["model", "photograph"]
+    assert bool(list(runs_dir().glob("data-embedded-*/*.f16"))) == (latent != "none")
+
+
+def test_first_stages_that_do_not_fit_are_refused_at_once(tmp_path):
+    file = tmp_path / "model.ckpt"
+    faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1), num_res_blocks=1, n_embed=16), file)
+    for stage, latent, said in ((file, "f4", "by the factor 2"), (tmp_path / "no.ckpt", "f4", "is no file"), ("plain", "none", "has no first stage"), (__file__, "f8", "is no VQGAN")):
+        given_ = dict(model="bbdm", preset="smoke", latent=latent, first_stage=str(stage), sample_steps=2)
+        with pytest.raises(ValueError) as error:
+            notebook_parameters(given_, *given_)
+        assert said in str(error.value) and "3 to 1000" in str(error.value)
+
+
+def test_colorize_with_bbdm(bbdm_runs, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grandmother.png")
+    done = papermill("colorize", tmp_path, photo=tmp_path / "grandmother.png", sample_steps=3, device="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Image.open(tmp_path / "colorized" / "grandmother.png") as result:
+        assert result.size == (90, 70) and result.mode == "RGB"
