@@ -517,7 +517,7 @@ def figure3(
     for i, (text, colour) in enumerate((('learns here', LEARNS), ('trained before, frozen', FROZEN))): box(ax, 5.07, .6 - .28*i, 1.32, .2, text, colour=colour)
     return fig
 
-# %% ../nbs/23_bbdm.ipynb #0f0d0537
+# %% ../nbs/23_bbdm.ipynb #caffb68b
 STATISTICS = tuple(f'{whose}_latent_{name}' for whose in ('ori', 'cond') for name in ('mean', 'std'))
 
 def read_bbdm(path:Path)->dict: # what the file holds: 'model', 'ema', ...
@@ -534,7 +534,7 @@ def read_bbdm(path:Path)->dict: # what the file holds: 'model', 'ema', ...
 
 def _sizes(state): # keyword arguments of BBDM from the shapes of a checkpoint
     shape = lambda name: state[f'denoise_fn.{name}'].shape
-    blocks = {n: max(int(k.split('.')[3]) for k in state if k.startswith(f'denoise_fn.output_blocks.{n}.')) for n in range(_count(state, 'output_blocks'))}
+    blocks = {n: max(int(k.split('.')[3]) for k in state if k.startswith(f'denoise_fn.output_blocks.{n}.')) for n in range(_number(state, 'output_blocks'))}
     last = lambda n, kind: f'denoise_fn.output_blocks.{n}.{blocks[n]}.{kind}' in state
     ups = [n for n in blocks if blocks[n] and (last(n, 'in_layers.2.weight') or last(n, 'conv.weight'))]
     levels = len(ups) + 1
@@ -548,7 +548,7 @@ def _sizes(state): # keyword arguments of BBDM from the shapes of a checkpoint
                 scale_shift=shape('input_blocks.1.0.emb_layers.1.weight')[0] == 2*widths[0], resblock_updown=not any(last(n, 'conv.weight') for n in ups),
                 conditioning='rescaler' if rescaler else 'nocond' if wide == out else 'y', context_channels=wide - out)
 
-def _count(state, blocks): return 1 + max(int(k.split('.')[2]) for k in state if k.startswith(f'denoise_fn.{blocks}.'))
+def _number(state, blocks): return 1 + max(int(k.split('.')[2]) for k in state if k.startswith(f'denoise_fn.{blocks}.'))
 
 # %% ../nbs/23_bbdm.ipynb #0555bc6e
 def load_bbdm(
