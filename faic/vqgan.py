@@ -8,8 +8,9 @@ __all__ = ['FIRST_STAGES', 'DISCRIMINATORS', 'FRAMEWORKS', 'CONTAINERS', 'Norm',
            'PerceptualDistance', 'VQGAN', 'codes_used', 'Inert', 'read_safely', 'ldm_state', 'fit', 'load_ldm',
            'save_ldm', 'sizes_of', 'model_of', 'ldm_model']
 
-# %% ../nbs/22_vqgan.ipynb #ef11b8b8
+# %% ../nbs/22_vqgan.ipynb #44e1d756
 import math
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# %% ../nbs/22_vqgan.ipynb #27209fd9
+# %% ../nbs/22_vqgan.ipynb #fabc85f3
 class Norm(nn.GroupNorm):
-    "Group norm over 32 groups with LDM's epsilon, and the swish x*sigmoid(x) that follows it in the residual blocks."
+    "Group norm with LDM's epsilon, and the swish x*sigmoid(x) that follows it in the residual blocks."
     def __init__(self, channels:int, groups:int=32, swish:bool=True):
         super().__init__(groups, channels, eps=1e-6)
         self.swish = swish
@@ -78,7 +79,7 @@ class Upsample(nn.Module):
         w = (w[..., 1:] + w[..., :-1]).transpose(0, 1) # (in,out,4,4)
         return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)
 
-# %% ../nbs/22_vqgan.ipynb #d07dc02b
+# %% ../nbs/22_vqgan.ipynb #9b25654c
 class Level(nn.Module):
     "The blocks of one side: residual blocks, each followed by attention where the level has it, then a change of side."
     def __init__(self, before:int, after:int, blocks:int, attention:bool, groups:int):
@@ -98,8 +99,9 @@ class Middle(nn.Module):
     "Two residual blocks at the lowest side, with attention between them."
     def __init__(self, channels:int, attention:bool, groups:int):
         super().__init__()
-        self.block_1, self.block_2 = (ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.block_1 = ResnetBlock(channels, channels, groups)
         self.attn_1 = AttnBlock(channels, groups) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x:Tensor)->Tensor: return self.block_2(self.attn_1(self.block_1(x)))
 
@@ -171,11 +173,11 @@ class VectorQuantizer(nn.Module):
             loss = (zq.detach() - z).square().mean() + .25*(zq - z.detach()).square().mean()
             return z + (zq - z).detach(), index, loss
 
-# %% ../nbs/22_vqgan.ipynb #788c4396
+# %% ../nbs/22_vqgan.ipynb #549cb704
 class VQModel(nn.Module):
     "LDM's first stage: encoder, codebook, decoder, under LDM's names."
     def __init__(self,
-        ch:int=128, # width of the finest level, a multiple of 32
+        ch:int=128, # width of the finest level, a multiple of groups
         ch_mult:tuple=(1, 2, 4), # the levels' widths relative to it, finest first; each level after the first halves the side
         num_res_blocks:int=2, # per level of the encoder; the decoder has one more
         attn_levels:tuple=(), # levels with attention, 0 is the finest
@@ -185,7 +187,7 @@ class VQModel(nn.Module):
         mid_attn:bool=True, # attention at the lowest side
         in_channels:int=3,
         out_channels:int=3,
-        groups:int=32, # of each norm
+        groups:int=32, # of each norm; LDM's files have 32
     ):
         super().__init__()
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, in_channels, z_channels, mid_attn, groups)
@@ -350,14 +352,14 @@ def codes_used(
     share = count.double()/count.sum()
     return {'codebook usage': count.bool().double().mean().item(), 'perplexity': torch.special.entr(share).sum().exp().item()}
 
-# %% ../nbs/22_vqgan.ipynb #098f906e
+# %% ../nbs/22_vqgan.ipynb #9bc57299
 FRAMEWORKS = ('pytorch_lightning', 'lightning', 'lightning_fabric', 'omegaconf', 'numpy', 'argparse', 'typing') # whose objects checkpoints carry along
 CONTAINERS = ('collections.defaultdict', *(f'builtins.{t}' for t in ('dict', 'list', 'tuple', 'int', 'float', 'str', 'bool')))
 
 class Inert:
-    "Stands for an object of a class that is neither imported nor run; keeps nothing."
+    "Stands for an object of a class that is neither imported nor run; keeps nothing, but a kind of dict its items."
+    def __new__(cls, *args, **kwargs): return OrderedDict() if cls.__name__.lower().endswith('dict') else super().__new__(cls)
     def __init__(self, *args, **kwargs): pass
-    def __new__(cls, *args, **kwargs): return super().__new__(cls)
     def __setstate__(self, state): pass
 
 def read_safely(
