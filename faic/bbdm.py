@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OBJECTIVES', 'CONDITIONINGS', 'ENCODED', 'DDPM_ABAR', 'GIVEN', 'LEARNS', 'FROZEN', 'STATISTICS',
            'Bridge', 'bridge_target', 'predict_x0', 'step_back', 'sampling_steps', 'walk_back', 'walk_step',
-           'SpatialRescaler', 'Denoiser', 'init_weights', 'gray_pixels', 'BBDM', 'latent_rows', 'prepare_latents',
-           'set_statistics', 'bbdm_colorizer', 'chain_states', 'figure2', 'figure3', 'read_bbdm', 'load_bbdm',
-           'save_bbdm']
+           'SpatialRescaler', 'Denoiser', 'init_weights', 'gray_pixels', 'Ends', 'BBDM', 'latent_rows',
+           'prepare_latents', 'set_statistics', 'bbdm_colorizer', 'chain_states', 'figure2', 'figure3', 'read_bbdm',
+           'load_bbdm', 'save_bbdm']
 
 # %% ../nbs/23_bbdm.ipynb #2b889fae
 import copy, math, os
@@ -195,55 +195,28 @@ def init_weights(net:nn.Module)->nn.Module: # the same network
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.normal_(m.weight, std=.02)
     return net
 
-# %% ../nbs/23_bbdm.ipynb #73dd4774
+# %% ../nbs/23_bbdm.ipynb #40003647
 def gray_pixels(gray:Tensor)->Tensor: # (B,1,H,W) in [0,1] -> (B,3,H,W) in [-1,1]
     "The gray twin of a photograph, as BBDM sees it."
     return (gray*2 - 1).expand(-1, 3, -1, -1)
 
-class BBDM:
-    "BBDM, ready to be trained: bridge, network, the way into the latent space and back, and the loss."
-    gray_kind = 'bbdm' # it colorizes Pillow's luma ...
+# %% ../nbs/23_bbdm.ipynb #4abb189f
+class Ends:
+    "The two ends of the bridge for a photograph: into the latent space and back; the parent of BBDM, which trains between them."
+    gray_kind = 'bbdm' # BBDM colorizes Pillow's luma ...
     copies_lightness = False # ... and makes all of the image anew
 
     def __init__(self,
+        net:Denoiser, # holds the rescaler and the statistics of the latents, where there are any
+        channels:int=3, # of the latents
         factor:int=4, # how many pixels of the photograph a latent pixel is wide; 1: no first stage, the bridge runs on the pixels
-        latent_channels:int=3,
-        latent_side:int=64, # px; levels that are too many for it are left out
-        channels:int=128, # width of the U-Net
-        channel_mult:tuple=(1, 4, 8),
-        num_res_blocks:int=2,
-        attention_factors:tuple=(32, 16, 8), # downsampling factors, see faic.layers
-        head_channels:int=64,
-        scale_shift:bool=True,
-        resblock_updown:bool=True,
         conditioning:str='nocond', # one of CONDITIONINGS
-        context_channels:int=None, # of the rescaler; None: as many as the latents have
-        timesteps:int=1000, schedule:str='linear', max_var:float=1., # of the bridge
-        objective:str='grad', # one of OBJECTIVES
-        loss:str='l1', # or 'l2'
         normalize:bool=False, # the latents
         before_quant_conv:bool=False, # latents of the layer before
         first_stage:nn.Module=None, # encode and decode; may be given later
-        seed:int=0, # of the initial weights
-        num_heads:int=8, # where head_channels is -1
-        groups:int=32, # of the norms
     ):
-        if conditioning not in CONDITIONINGS: raise ValueError(f'conditioning is one of {", ".join(CONDITIONINGS)}, got {conditioning!r}')
-        if loss not in ('l1', 'l2'): raise ValueError(f"the loss is 'l1' or 'l2', got {loss!r}")
-        bridge_target(objective, *(torch.zeros(1),)*5) # refuses what is none
-        c, context = latent_channels, 0 if conditioning == 'nocond' else context_channels or latent_channels
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            unet = UNet(c + context, channels, c, num_res_blocks, shorter(channel_mult, latent_side), attention_factors, num_heads, head_channels, scale_shift, resblock_updown, groups)
-            rescaler = SpatialRescaler(int(math.log2(factor)), 3, context) if conditioning == 'rescaler' else None
-            self.net = init_weights(Denoiser(unet, rescaler, c if normalize else 0))
-        self.bridge, self.first_stage, self.factor, self.channels = Bridge(timesteps, schedule, max_var), first_stage, factor, c
-        self.conditioning, self.objective, self.loss, self.normalize, self.before_quant_conv = conditioning, objective, loss, normalize, before_quant_conv
-        self.terms = {}
-
-    def parts(self)->dict:
-        "The network, with its optimizer; the first stage is not trained."
-        return {'net': self.net}
+        self.net, self.channels, self.factor, self.conditioning = net, channels, factor, conditioning
+        self.normalize, self.before_quant_conv, self.first_stage = normalize, before_quant_conv, first_stage
 
     @torch.no_grad()
     def encode(self, pixels:Tensor)->Tensor: # (B,3,H,W) in [-1,1] -> (B,C,h,w), float32
@@ -288,6 +261,49 @@ class BBDM:
         x0, y, small = batch['latents'].float().tensor_split((self.channels, 2*self.channels), 1)
         x0, y = self.normalized(x0), self.normalized(y, 'cond')
         return x0, y, dict(nocond=None, y=y, rescaler=small)[self.conditioning]
+
+# %% ../nbs/23_bbdm.ipynb #9e9667e0
+class BBDM(Ends):
+    "BBDM, ready to be trained: network, bridge, and the loss."
+
+    def __init__(self,
+        factor:int=4, # how many pixels of the photograph a latent pixel is wide; 1: no first stage, the bridge runs on the pixels
+        latent_channels:int=3,
+        latent_side:int=64, # px; levels that are too many for it are left out
+        channels:int=128, # width of the U-Net
+        channel_mult:tuple=(1, 4, 8),
+        num_res_blocks:int=2,
+        attention_factors:tuple=(32, 16, 8), # downsampling factors, see faic.layers
+        head_channels:int=64,
+        scale_shift:bool=True,
+        resblock_updown:bool=True,
+        conditioning:str='nocond', # one of CONDITIONINGS
+        context_channels:int=None, # of the rescaler; None: as many as the latents have
+        timesteps:int=1000, schedule:str='linear', max_var:float=1., # of the bridge
+        objective:str='grad', # one of OBJECTIVES
+        loss:str='l1', # or 'l2'
+        normalize:bool=False, # the latents
+        before_quant_conv:bool=False, # latents of the layer before
+        first_stage:nn.Module=None, # encode and decode; may be given later
+        seed:int=0, # of the initial weights
+        num_heads:int=8, # where head_channels is -1
+        groups:int=32, # of the norms
+    ):
+        if conditioning not in CONDITIONINGS: raise ValueError(f'conditioning is one of {", ".join(CONDITIONINGS)}, got {conditioning!r}')
+        if loss not in ('l1', 'l2'): raise ValueError(f"the loss is 'l1' or 'l2', got {loss!r}")
+        bridge_target(objective, *(torch.zeros(1),)*5) # refuses what is none
+        c, context = latent_channels, 0 if conditioning == 'nocond' else context_channels or latent_channels
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            unet = UNet(c + context, channels, c, num_res_blocks, shorter(channel_mult, latent_side), attention_factors, num_heads, head_channels, scale_shift, resblock_updown, groups)
+            rescaler = SpatialRescaler(int(math.log2(factor)), 3, context) if conditioning == 'rescaler' else None
+            net = init_weights(Denoiser(unet, rescaler, c if normalize else 0))
+        super().__init__(net, c, factor, conditioning, normalize, before_quant_conv, first_stage)
+        self.bridge, self.objective, self.loss, self.terms = Bridge(timesteps, schedule, max_var), objective, loss, {}
+
+    def parts(self)->dict:
+        "The network, with its optimizer; the first stage is not trained."
+        return {'net': self.net}
 
     def prepare(self,
         array:np.ndarray, # (N,S,S,3) uint8 photographs, in the order of training's rows

@@ -268,12 +268,13 @@ class PerceptualDistance(nn.Module):
             cosines = [(u*v).sum(1).mean((1, 2)) for u, v in zip(self.features(a.float()), self.features(b.float()))]
             return 1 - torch.stack(cosines).mean(0)
 
-# %% ../nbs/22_vqgan.ipynb #9773b6be
+# %% ../nbs/22_vqgan.ipynb #4ac0254f
 DISCRIMINATORS = { # LDM's: batches before the discriminator takes part, its weight, its depth
     'f4': dict(disc_start=0, disc_weight=.75, disc_layers=3),
     'f8': dict(disc_start=1, disc_weight=.6, disc_layers=2),
     'f16': dict(disc_start=250_001, disc_weight=.75, disc_layers=2)}
 
+# %% ../nbs/22_vqgan.ipynb #47954476
 class VQGAN:
     "A first stage, ready to be trained: network, discriminator, perceptual distance and losses."
     gray_kind = 'bbdm'

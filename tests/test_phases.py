@@ -206,10 +206,35 @@ def coltran_runs(coltran, monkeypatch):
 
 @pytest.fixture
 def copied_runs(coltran, tmp_path, monkeypatch):
-    """Its runs in a folder of their own, to be changed by a test."""
-    shutil.copytree(coltran / "runs", tmp_path / "runs")
+    return copy_runs(coltran, tmp_path, monkeypatch)
+
+
+def copy_runs(source, tmp_path, monkeypatch):
+    """Runs in a folder of their own, to be changed by a test."""
+    shutil.copytree(source / "runs", tmp_path / "runs")
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     return tmp_path
+
+
+def interrupt(monkeypatch, owner, call, work):
+    """Do some work, with a checkpoint whenever the loop asks whether it is time for one, until Ctrl-C at a call of the losses."""
+    calls = []
+
+    class Trainer(faic.study.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, save_minutes=0, **kwargs)
+
+    def losses(self, batch, generator, original=owner.losses):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        yield from original(self, batch, generator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faic.study, "Trainer", Trainer)
+        patch.setattr(owner, "losses", losses)
+        with pytest.raises(KeyboardInterrupt):
+            work()
 
 
 def small_parts(monkeypatch, steps):
@@ -286,30 +311,16 @@ def test_a_part_does_not_depend_on_which_notebook_was_first(coltran, tmp_path, m
 def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
     """Stopped in phase 2, between two checkpoints; started again, it needs phase 1's run no more."""
     small_parts(monkeypatch, 60)
-    photos, calls = load_photos(), []
+    photos = load_photos()
+    train = lambda: train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
-    whole = train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
-
-    class Trainer(faic.study.Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, save_minutes=0, **kwargs)
-
-    def losses(self, batch, generator, original=faic.coltran.ColTranColor.losses):
-        calls.append(1)
-        if len(calls) == 60 + 40:
-            raise KeyboardInterrupt
-        yield from original(self, batch, generator)
-
+    whole = train()
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        patch.setattr(faic.study, "Trainer", Trainer)
-        patch.setattr(faic.coltran.ColTranColor, "losses", losses)
-        with pytest.raises(KeyboardInterrupt):
-            train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+    interrupt(monkeypatch, faic.coltran.ColTranColor, 60 + 40, train)
     (stopped,) = read_runs(of="phase2")
     assert torch.load(stopped.path / "last.pt")["step"] == 25 and not (stopped.path / "day-1.safetensors").exists()
     shutil.rmtree(read_runs(of="phase1")[0].path)
-    again = train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+    again = train()
     assert again.path.name == whole.path.name and same(weights(again), weights(whole))
     assert [e for e in again.events() if "seconds" not in e] == [e for e in whole.events() if "seconds" not in e]
 
@@ -425,9 +436,7 @@ def bbdm(tmp_path_factory):
 
 @pytest.fixture
 def bbdm_runs(bbdm, tmp_path, monkeypatch):
-    """Its runs in a folder of their own, to be changed by a test."""
-    shutil.copytree(bbdm / "runs", tmp_path / "runs")
-    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    copy_runs(bbdm, tmp_path, monkeypatch)
     return bbdm
 
 
@@ -465,27 +474,13 @@ def test_an_interrupted_bbdm_ends_the_same(bbdm, stage, tmp_path, monkeypatch):
     if stage == "bbdm":
         for folder in (bbdm / "runs").glob("part-*"):
             shutil.copytree(folder, tmp_path / "runs" / folder.name)
-    photos, calls = load_photos(), []
-
-    class Trainer(faic.study.Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, save_minutes=0, **kwargs)
-
-    def losses(self, batch, generator, original=owner.losses):
-        calls.append(1)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        yield from original(self, batch, generator)
+    photos = load_photos()
 
     def phase2():
         parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
         return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, parts)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(faic.study, "Trainer", Trainer)
-        patch.setattr(owner, "losses", losses)
-        with pytest.raises(KeyboardInterrupt):
-            phase2()
+    interrupt(monkeypatch, owner, stop, phase2)
     run = phase2()
     parts = [r.path.name for r in read_runs(phase="part")]
     assert len(parts) == 2 and parts == sorted(f.name for f in (bbdm / "runs").glob("part-*"))
