@@ -102,7 +102,7 @@ def _small_bbdm(decay, unet, vqgan): # what a small preset changes in BBDM and i
 
 def _both(budget, further=None): return dict.fromkeys(VQGANS, (budget, further or budget)) # the same for each VQGAN
 
-# %% ../nbs/31_presets.ipynb #2d119cac
+# %% ../nbs/31_presets.ipynb #7870f5ca
 PRESETS = {
     'smoke': dict(
         budget='100 steps', parts={'coltran_color': ('100 steps', '100 steps'), 'coltran_spatial': ('100 steps', '100 steps')} | _both('100 steps'),
@@ -111,15 +111,15 @@ PRESETS = {
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=50, batch_size=2, lr=1e-3))),
     'laptop': dict(
-        budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.15 hours', '0.25 hours'),
+        budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'),
         sampling={'bbdm': dict(sample_steps=50)},
         changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(128, 8), _narrow(64, 8, lr=3e-3), _narrow(64, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, lr=3e-4),
-                              dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=1500, batch_size=8, lr=1e-3, schedule='half'))),
+                              dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
         budget='0.015 hours', parts={'coltran_color': ('0.005 hours', '0.005 hours'), 'coltran_spatial': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
         changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {}, dict(batch_size=8))
-                | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4))),
+                | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(
         budget='24 hours', parts={'coltran_color': ('800000 steps', '1200000 steps'), 'coltran_spatial': ('200000 steps', '300000 steps')} | _both('300000 steps'),
         changes={}),
