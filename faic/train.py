@@ -83,7 +83,7 @@ class TrainingStopped(RuntimeError):
 
 LOOK = 25 # steps between two looks at the losses
 
-# %% ../nbs/30_train.ipynb #6ce6e85c
+# %% ../nbs/30_train.ipynb #ff6f7da4
 class Trainer:
     "Trains one trainee within one run folder; made again with the same arguments, it continues."
     def __init__(self,
@@ -112,8 +112,9 @@ class Trainer:
         self.step, self.seconds, self.unseen, self.saved_at, self.logged_at, self.averaging = 0, 0., [], 0., -1., False
         self.epoch_length = math.ceil(len(indices)/options['batch_size'])
         update_averages(self) # the first update of an average is a copy
-        if self.checkpoint.exists(): load_checkpoint(self)
-        elif (done := sum(self.day_weights(d).exists() for d in range(1, days + 1))) == days: pass # nothing is left to train
+        done = sum(self.day_weights(d).exists() for d in range(1, days + 1))
+        if done == days: pass # nothing is left to train
+        elif self.checkpoint.exists(): load_checkpoint(self)
         elif done:
             raise TrainingStopped(f'{run.path} has finished days but no {self.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
         else:
@@ -250,7 +251,7 @@ def final(trainer:Trainer, name:str, part):
     "The network that is evaluated: the average of its weights where there is one, else the part itself."
     return trainer.ema[name].module if trainer.ema else part
 
-# %% ../nbs/30_train.ipynb #aa597598
+# %% ../nbs/30_train.ipynb #1690fb4e
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -270,18 +271,25 @@ def read_checkpoint(path:Path)->dict:
     except Exception as e:
         raise TrainingStopped(f'{path} is damaged ({type(e).__name__}); restore it from a copy, or move {path.parent} away to train from the start') from e
 
-def _restore(trainer, state): # all that is learned or drawn, but not how far the budget is used
-    for n, p in trainer.parts.items(): p.load_state_dict(state['parts'][n])
-    for n, o in trainer.optimizers.items(): o.load_state_dict(state['optimizers'][n])
-    for n, e in trainer.ema.items(): e.load_state_dict(state['ema'][n])
-    for n, s in trainer.plateaus.items(): s.load_state_dict(state['plateaus'][n])
-    trainer.averaging = state['averaging']
-    trainer.generator.set_state(state['generator'])
+def _restore(trainer, state, path): # all that is learned or drawn, but not how far the budget is used
+    try:
+        for n, p in trainer.parts.items(): p.load_state_dict(state['parts'][n])
+        for n, o in trainer.optimizers.items():
+            o.load_state_dict(state['optimizers'][n])
+            for p, kept in o.state.items():
+                if other := [tuple(v.shape) for v in kept.values() if isinstance(v, torch.Tensor) and v.dim() and v.shape != p.shape]:
+                    raise ValueError(f'the optimizer of {n} has averages of shape {other[0]} for weights of shape {tuple(p.shape)}')
+        for n, e in trainer.ema.items(): e.load_state_dict(state['ema'][n])
+        for n, s in trainer.plateaus.items(): s.load_state_dict(state['plateaus'][n])
+        trainer.averaging = state['averaging']
+        trainer.generator.set_state(state['generator'])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise TrainingStopped(f'{path} is of other networks than {trainer.run.path.name}, or of another version of the code: {e}; move {path.parent} away to train it again') from e
 
 def load_checkpoint(trainer:Trainer):
     "Go back to the state in last.pt; log lines of later steps are removed, as those steps are made again."
     t, state = trainer, read_checkpoint(trainer.checkpoint)
-    _restore(t, state)
+    _restore(t, state, t.checkpoint)
     for n, gradients in state['gradients'].items():
         for p, g in zip(t.parameters[n], gradients): p.grad = None if g is None else g.to(p.device)
     t.step, t.seconds, t.logged_at, t.watch.state, t.saved_at = state['step'], state['seconds'], state['logged_at'], state['watch'], state['seconds']
@@ -289,7 +297,7 @@ def load_checkpoint(trainer:Trainer):
     lines = ''.join(json.dumps(e) + '\n' for e in kept)
     if log.exists() and log.read_text() != lines: write_bytes(log, lines.encode()) # a half-written last line goes, too
 
-# %% ../nbs/30_train.ipynb #1206d29e
+# %% ../nbs/30_train.ipynb #935719a4
 def continue_from(
     trainer:Trainer, # at its step 0
     path:Path, # last.pt of the run that it continues
@@ -298,9 +306,7 @@ def continue_from(
     if not Path(path).exists():
         raise TrainingStopped(f'{trainer.run.path.name} continues another run, whose {path} is missing; restore it, or move its folder away to train that one again')
     state = read_checkpoint(Path(path))
-    try: _restore(trainer, state)
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise TrainingStopped(f'{path} is of other networks than {trainer.run.path.name}, which is to continue it: {e}') from e
+    _restore(trainer, state, Path(path))
     trainer.run.log(event='continues', run=Path(path).parent.name, steps=state['step'])
 
 # %% ../nbs/30_train.ipynb #aaa50908
