@@ -37,7 +37,7 @@ def resized(
     if change == 'down': return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2., mode='nearest') if change == 'up' else x
 
-# %% ../nbs/10_layers.ipynb #ff557f31
+# %% ../nbs/10_layers.ipynb #a417de66
 class ResBlock(nn.Module):
     "Two convolutions that are told the time, around which the input is added (Dhariwal and Nichol 2021)."
     def __init__(self,
@@ -65,7 +65,8 @@ class ResBlock(nn.Module):
         norm, act, _, conv = self.out_layers # the third is dropout in guided diffusion, 0 here
         if self.scale_shift:
             scale, shift = time.chunk(2, 1)
-            h = torch.addcmul(norm(h) + shift, norm(h), scale)
+            h = norm(h)
+            h = torch.addcmul(h + shift, h, scale)
         else: h = norm(h + time)
         return self.skip_connection(resized(x, self.change)) + conv(act(h))
 

@@ -57,12 +57,12 @@ def _vqgan(latent, n_embed, batch_size):
 VQGANS = _vqgan('f4', 8192, 8) | _vqgan('f8', 16384, 10) | _vqgan('f16', 16384, 14)
 PAPER |= VQGANS
 
-# %% ../nbs/31_presets.ipynb #a2e09332
-LATENTS = { # what BBDM's options are in each space; lists, as a run's options.json has them
-    'f4': dict(factor=4, latent_channels=3, attention_factors=[32, 16, 8], conditioning='nocond'),
-    'f8': dict(factor=8, latent_channels=4, attention_factors=[32, 16, 8], conditioning='nocond', flip=True),
-    'f16': dict(factor=16, latent_channels=8, attention_factors=[16, 8, 4], conditioning='nocond', flip=True),
-    'none': dict(factor=1, latent_channels=3, attention_factors=[32, 16, 8], conditioning='y'),
+# %% ../nbs/31_presets.ipynb #936b9736
+LATENTS = { # what BBDM's options are in each space, with a first stage trained here; lists, as a run's options.json has them
+    'f4': dict(factor=4, latent_channels=3, attention_factors=[32, 16, 8], conditioning='nocond', normalize=True),
+    'f8': dict(factor=8, latent_channels=4, attention_factors=[32, 16, 8], conditioning='nocond', normalize=True, flip=True),
+    'f16': dict(factor=16, latent_channels=8, attention_factors=[16, 8, 4], conditioning='nocond', normalize=True, flip=True),
+    'none': dict(factor=1, latent_channels=3, attention_factors=[32, 16, 8], conditioning='y', normalize=False),
 }
 
 # %% ../nbs/31_presets.ipynb #51f9e337
@@ -102,7 +102,7 @@ def _small_bbdm(decay, unet, vqgan): # what a small preset changes in BBDM and i
 
 def _both(budget, further=None): return dict.fromkeys(VQGANS, (budget, further or budget)) # the same for each VQGAN
 
-# %% ../nbs/31_presets.ipynb #7870f5ca
+# %% ../nbs/31_presets.ipynb #56f63958
 PRESETS = {
     'smoke': dict(
         budget='100 steps', parts={'coltran_color': ('100 steps', '100 steps'), 'coltran_spatial': ('100 steps', '100 steps')} | _both('100 steps'),
@@ -114,7 +114,7 @@ PRESETS = {
         budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'),
         sampling={'bbdm': dict(sample_steps=50)},
         changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(128, 8), _narrow(64, 8, lr=3e-3), _narrow(64, 2, lr=3e-3))
-                | _small_bbdm(.99, dict(channels=32, lr=3e-4),
+                | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
         budget='0.015 hours', parts={'coltran_color': ('0.005 hours', '0.005 hours'), 'coltran_spatial': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
@@ -127,16 +127,17 @@ PRESETS = {
 
 DAYS = 5 # of phase 2
 
-# %% ../nbs/31_presets.ipynb #3cb14917
+# %% ../nbs/31_presets.ipynb #dab80d31
 def model_options(
     model:str, # one of MODELS, or a part
     preset:str, # one of PRESETS
     variant:str='default', # one of the model's VARIANTS; parts have the default only
     latent:str='f4', # of bbdm: one of LATENTS
+    first_stage:str='', # of bbdm: '', 'plain' or a given file, whose latents are taken as they are
 )->dict: # network, data and training options, resolved
     "The paper's options with the changes of the preset, of bbdm's latent, and then of the variant."
     options = PAPER[model] | PRESETS[preset]['changes'].get(model, {})
-    if model == 'bbdm': options |= LATENTS[latent]
+    if model == 'bbdm': options |= LATENTS[latent] | ({} if first_stage in ('', 'plain') else dict(normalize=False))
     return options | ({} if variant == 'default' else VARIANTS[model][variant])
 
 def day_budget(
@@ -154,7 +155,7 @@ def part_budget(
     "How much training a part gets in a phase."
     return Budget.parse(PRESETS[preset]['parts'][part][('phase1', 'phase2').index(phase)])
 
-# %% ../nbs/31_presets.ipynb #fe2f5bf0
+# %% ../nbs/31_presets.ipynb #f26be212
 def make_trainee(
     model:str, # one of MODELS, or a part
     options:dict, # see model_options
@@ -169,7 +170,7 @@ def make_trainee(
     if model in PARTS['coltran']: return {'coltran_color': ColTranColor, 'coltran_spatial': ColTranSpatial}[model](o['side'], o['dim'], o['heads'], o['ff'], o['layers'], seed)
     if model == 'bbdm':
         sizes = {n: o[n] for n in ('factor', 'latent_channels', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors')}
-        return BBDM(**sizes, latent_side=o['side']//o['factor'], groups=norm_groups(o['channels']), conditioning=o['conditioning'], objective=o['objective'], loss=o['loss'],
+        return BBDM(**sizes, latent_side=o['side']//o['factor'], groups=norm_groups(o['channels']), conditioning=o['conditioning'], normalize=o['normalize'], objective=o['objective'], loss=o['loss'],
                     first_stage=next(iter(parts.values()), None), seed=seed)
     if model in VQGANS:
         return VQGAN(**{n: o[n] for n in ('latent', 'ch', 'num_res_blocks', 'n_embed', 'perceptual_weight', 'disc_start', 'disc_weight', 'disc_layers', 'disc_width', 'codebook')}, seed=seed)

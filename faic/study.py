@@ -127,7 +127,7 @@ def evaluate_real(
     real, other = features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device)
     return dict(part=part, **summarize(None, real, None, other, judge.label, seed))
 
-# %% ../nbs/32_study.ipynb #3ede601d
+# %% ../nbs/32_study.ipynb #d31230d8
 def study_run(
     phase:str, # 'phase1' or 'phase2'
     model:str,
@@ -143,7 +143,7 @@ def study_run(
     "Open the run of one variant; photographs.csv lists which photographs are in which part."
     parts = own_parts(model, phase, preset, seed, photos, latent, first_stage)
     run = open_run(dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data_options(photos, phase), budget=str(budget),
-                        train=model_options(model, preset, variant, latent), **space_options(model, phase, preset, seed, photos, latent, first_stage)),
+                        train=model_options(model, preset, variant, latent, first_stage), **space_options(model, phase, preset, seed, photos, latent, first_stage)),
                    device, sampling=describe_sampling(named_sampling(usual_sampling(model, preset), parts)), parts=parts, **said_with(photos))
     rows = pd.concat([pd.DataFrame(dict(part=p, row=photos.parts[p])) for p in (TRAINING[phase], *OTHER)])
     if not (run.path/'photographs.csv').exists():

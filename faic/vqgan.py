@@ -8,7 +8,7 @@ __all__ = ['FIRST_STAGES', 'DISCRIMINATORS', 'FRAMEWORKS', 'CONTAINERS', 'Norm',
            'PerceptualDistance', 'VQGAN', 'codes_used', 'Inert', 'read_safely', 'ldm_state', 'fit', 'load_ldm',
            'save_ldm', 'sizes_of', 'model_of', 'ldm_model']
 
-# %% ../nbs/22_vqgan.ipynb #44e1d756
+# %% ../nbs/22_vqgan.ipynb #c93011b4
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from .layers import norm_groups
 
 # %% ../nbs/22_vqgan.ipynb #fabc85f3
 class Norm(nn.GroupNorm):
@@ -274,7 +276,7 @@ DISCRIMINATORS = { # LDM's: batches before the discriminator takes part, its wei
     'f8': dict(disc_start=1, disc_weight=.6, disc_layers=2),
     'f16': dict(disc_start=250_001, disc_weight=.75, disc_layers=2)}
 
-# %% ../nbs/22_vqgan.ipynb #47954476
+# %% ../nbs/22_vqgan.ipynb #ed75d17b
 class VQGAN:
     "A first stage, ready to be trained: network, discriminator, perceptual distance and losses."
     gray_kind = 'bbdm'
@@ -300,7 +302,7 @@ class VQGAN:
         self.disc_weight = official['disc_weight'] if disc_weight is None else disc_weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = VQModel(**FIRST_STAGES[latent] | dict(ch=ch, num_res_blocks=num_res_blocks, groups=min(32, ch//4)) | (dict(n_embed=n_embed) if n_embed else {}))
+            self.net = VQModel(**FIRST_STAGES[latent] | dict(ch=ch, num_res_blocks=num_res_blocks, groups=norm_groups(ch)) | (dict(n_embed=n_embed) if n_embed else {}))
             self.D = PatchDiscriminator(official['disc_layers'] if disc_layers is None else disc_layers, disc_width)
         self.perceptual_weight, self.perceptual, self.codebook, self.terms = perceptual_weight, None, codebook, {}
 
@@ -353,7 +355,7 @@ def codes_used(
     share = count.double()/count.sum()
     return {'codebook usage': count.bool().double().mean().item(), 'perplexity': torch.special.entr(share).sum().exp().item()}
 
-# %% ../nbs/22_vqgan.ipynb #9bc57299
+# %% ../nbs/22_vqgan.ipynb #4e6ccdb8
 FRAMEWORKS = ('pytorch_lightning', 'lightning', 'lightning_fabric', 'omegaconf', 'numpy', 'argparse', 'typing') # whose objects checkpoints carry along
 CONTAINERS = ('collections.defaultdict', *(f'builtins.{t}' for t in ('dict', 'list', 'tuple', 'int', 'float', 'str', 'bool')))
 
@@ -373,7 +375,7 @@ def read_safely(
     except Exception as e: raise ValueError(f'{path} is not a checkpoint of torch.save, or it is damaged ({type(e).__name__}: {str(e).splitlines()[0]}); copy it again') from e
     harmless = {n for n in names if n.split('.')[0] in FRAMEWORKS or n in CONTAINERS}
     if foreign := sorted(set(names) - harmless):
-        raise ValueError(f'{path} wants to call {", ".join(foreign)}, which no checkpoint of a first stage needs; it was not opened')
+        raise ValueError(f'{path} wants to call {", ".join(foreign)}, which no checkpoint of a first stage needs; nothing in it was run')
     try:
         with safe_globals([(type(n.split('.')[-1], (Inert,), {}), n) for n in harmless]): content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} cannot be read safely ({type(e).__name__}: {str(e).splitlines()[0]})') from e
