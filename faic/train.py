@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'half_then_linear', 'official_linear', 'make_optimizer', 'make_plateau', 'CollapseWatch', 'TrainingStopped',
-           'Trainer', 'learning_rate_factor', 'train_step', 'summed', 'update', 'update_averages', 'look', 'saved_step',
-           'train_day', 'final', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'continue_from',
-           'load_weights', 'work_done']
+           'claim', 'heard', 'Trainer', 'learning_rate_factor', 'train_step', 'summed', 'update', 'update_averages',
+           'look', 'saved_step', 'train_day', 'stop', 'final', 'save_checkpoint', 'Hashed', 'Damaged',
+           'read_checkpoint', 'newest_state', 'load_checkpoint', 'continue_from', 'load_weights', 'work_done']
 
-# %% ../nbs/30_train.ipynb #4e48c840
-import io, json, math, time
+# %% ../nbs/30_train.ipynb #7cd4f35d
+import fcntl, hashlib, json, math, os, platform, signal, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .core import Budget, Run, generator_for, progress, write_bytes
+from .core import Budget, Run, generator_for, progress, write_bytes, written_whole
 from .data import latent_batches, training_batches
 
 # %% ../nbs/30_train.ipynb #e52cad74
@@ -83,7 +84,36 @@ class TrainingStopped(RuntimeError):
 
 LOOK = 25 # steps between two looks at the losses
 
-# %% ../nbs/30_train.ipynb #ff6f7da4
+# %% ../nbs/30_train.ipynb #835c6ad3
+_CLAIMED = {} # lock file of a run -> the open file; a lock lasts as long as its process
+
+def claim(
+    folder:Path, # of a run
+):
+    "Let no other process write this run; raise `TrainingStopped` where one does already."
+    path = folder.resolve()/'lock'
+    if path in _CLAIMED: return
+    try: file = open(path, 'a+')
+    except OSError as e: raise TrainingStopped(f'{folder} cannot be written ({e.strerror}); make it writable, or name another place for runs with FAIC_RUNS') from e
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.seek(0)
+        raise TrainingStopped(f'{folder} is being written by {file.read() or "another process"}; wait for it, or stop it') from e
+    file.truncate(0)
+    print(f'process {os.getpid()} on {platform.node()}', end='', file=file, flush=True)
+    _CLAIMED[path] = file
+
+@contextmanager
+def heard(): # a list, empty until a signal comes
+    "Ctrl-C (SIGINT, the notebook's stop button) and SIGTERM are noted instead of obeyed, so that a step can be finished and saved."
+    signals, before = [], {}
+    def note(number, frame): signals.append(signal.Signals(number))
+    if threading.current_thread() is threading.main_thread(): before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield signals
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+# %% ../nbs/30_train.ipynb #58b8a65f
 class Trainer:
     "Trains one trainee within one run folder; made again with the same arguments, it continues."
     def __init__(self,
@@ -113,8 +143,9 @@ class Trainer:
         self.epoch_length = math.ceil(len(indices)/options['batch_size'])
         update_averages(self) # the first update of an average is a copy
         done = sum(self.day_weights(d).exists() for d in range(1, days + 1))
-        if done == days: pass # nothing is left to train
-        elif self.checkpoint.exists(): load_checkpoint(self)
+        if done == days: return # nothing is left to train
+        claim(run.path)
+        if self.checkpoint.exists() or self.previous.exists(): load_checkpoint(self)
         elif done:
             raise TrainingStopped(f'{run.path} has finished days but no {self.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
         else:
@@ -123,6 +154,9 @@ class Trainer:
 
     @property
     def checkpoint(self): return self.run.path/'last.pt'
+
+    @property
+    def previous(self): return self.run.path/'previous.pt' # the checkpoint before
 
     @property
     def fraction(self)->float:
@@ -209,7 +243,7 @@ def saved_step(trainer:Trainer)->int:
     "The step of the checkpoint on disk."
     return torch.load(trainer.checkpoint, map_location='cpu', weights_only=True)['step']
 
-# %% ../nbs/30_train.ipynb #abdae9fd
+# %% ../nbs/30_train.ipynb #21767755
 def train_day(
     trainer:Trainer,
     day:int, # 1 ... days
@@ -234,24 +268,34 @@ def train_day(
             look(trainer)
             bar.update(min(used(), whole_budget*target) - first - bar.n)
             if trainer.seconds - trainer.saved_at >= 60*trainer.save_minutes: save_checkpoint(trainer)
-        if done: engine.terminate()
+        if done or signals: engine.terminate()
 
     if trainer.fraction < target - 1e-12:
         where = dict(start_step=trainer.step, device=trainer.device)
         if trainer.prepared is not None: batches = latent_batches(trainer.prepared, trainer.indices, o['batch_size'], o['seed'], **where)
         else: batches = training_batches(trainer.array, trainer.indices, o['batch_size'], o['seed'], o['crop'], o['flip'], trainer.trainee.gray_kind, **where)
-        with progress(total=round(whole_budget*target - first), desc=f"{trainer.run.options.get('variant', trainer.run.options['model'])}, day {day}", unit='s' if hours else 'step', leave=False) as bar:
+        with heard() as signals, progress(total=round(whole_budget*target - first), desc=f"{trainer.run.options.get('variant', trainer.run.options['model'])}, day {day}", unit='s' if hours else 'step', leave=False) as bar:
             engine.run(batches, max_epochs=1, epoch_length=2**31)
         batches.close()
+        if signals and trainer.fraction < target - 1e-12: stop(trainer, signals[0])
     save_checkpoint(trainer)
     weights = {f'{n}.{k}': v.contiguous() for n, p in trainer.parts.items() for k, v in final(trainer, n, p).state_dict().items()}
     return write_bytes(trainer.day_weights(day), save(weights, metadata=dict(step=str(trainer.step), seconds=f'{trainer.seconds:.1f}')))
+
+def stop(trainer:Trainer, number:signal.Signals):
+    "Save after a signal, and then do what it asks for."
+    look(trainer)
+    save_checkpoint(trainer)
+    message = f'{number.name}: stopped after step {trainer.step:,}, which is saved; the same command goes on from there'
+    print(message, flush=True)
+    if number == signal.SIGTERM: signal.raise_signal(number) # ends the process, also a notebook's: papermill's exit code is then 138
+    raise KeyboardInterrupt(message)
 
 def final(trainer:Trainer, name:str, part):
     "The network that is evaluated: the average of its weights where there is one, else the part itself."
     return trainer.ema[name].module if trainer.ema else part
 
-# %% ../nbs/30_train.ipynb #1690fb4e
+# %% ../nbs/30_train.ipynb #d7799ed9
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -259,17 +303,46 @@ def save_checkpoint(trainer:Trainer):
                  parts={n: p.state_dict() for n, p in t.parts.items()}, optimizers={n: o.state_dict() for n, o in t.optimizers.items()},
                  ema={n: e.state_dict() for n, e in t.ema.items()}, averaging=t.averaging, plateaus={n: s.state_dict() for n, s in t.plateaus.items()},
                  gradients={n: [p.grad for p in ps] for n, ps in t.parameters.items()} if summed(t) else {})
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_bytes(t.checkpoint, buffer.getvalue())
+    fresh = t.run.path/'next.pt'
+    with written_whole(fresh) as file:
+        hashed = Hashed(file)
+        torch.save(state, hashed)
+        file.write(hashed.sha256.digest())
+    if t.checkpoint.exists(): os.replace(t.checkpoint, t.previous)
+    os.replace(fresh, t.checkpoint)
     t.saved_at = t.seconds
 
+class Hashed:
+    "A binary file that hashes what is written to it."
+    def __init__(self, file): self.file, self.sha256 = file, hashlib.sha256()
+    def flush(self): self.file.flush()
+    def write(self, content):
+        self.sha256.update(content)
+        return self.file.write(content)
+
+class Damaged(TrainingStopped):
+    "A checkpoint is not what was once written."
+
 def read_checkpoint(path:Path)->dict:
-    "The state in a last.pt; a damaged file is an error that says what to do."
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except OSError: raise
-    except Exception as e:
-        raise TrainingStopped(f'{path} is damaged ({type(e).__name__}); restore it from a copy, or move {path.parent} away to train from the start') from e
+    "The state in a checkpoint, if its checksum is right; a damaged file is an error that says what to do."
+    size, sha256 = max(0, path.stat().st_size - 32), hashlib.sha256()
+    with open(path, 'rb') as f:
+        while size - f.tell() > 0: sha256.update(f.read(min(2**20, size - f.tell())))
+        whole = f.read() == sha256.digest()
+    if not whole: raise Damaged(f'{path} is damaged (its checksum is wrong); restore it from a copy, or move {path.parent} away to train from the start')
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+def newest_state(trainer:Trainer)->tuple: # (state, its file)
+    "The last checkpoint, or the one before where that is damaged or missing, which is said."
+    last, previous = trainer.checkpoint, trainer.previous
+    if last.exists():
+        try: return read_checkpoint(last), last
+        except Damaged:
+            if not previous.exists(): raise
+            os.replace(last, last.with_name('damaged.pt'))
+    state = read_checkpoint(previous)
+    print(f"{last} is damaged or missing: going on from {previous.name}, step {state['step']:,}")
+    return state, previous
 
 def _restore(trainer, state, path): # all that is learned or drawn, but not how far the budget is used
     try:
@@ -288,8 +361,8 @@ def _restore(trainer, state, path): # all that is learned or drawn, but not how 
 
 def load_checkpoint(trainer:Trainer):
     "Go back to the state in last.pt; log lines of later steps are removed, as those steps are made again."
-    t, state = trainer, read_checkpoint(trainer.checkpoint)
-    _restore(t, state, t.checkpoint)
+    t, (state, file) = trainer, newest_state(trainer)
+    _restore(t, state, file)
     for n, gradients in state['gradients'].items():
         for p, g in zip(t.parameters[n], gradients): p.grad = None if g is None else g.to(p.device)
     t.step, t.seconds, t.logged_at, t.watch.state, t.saved_at = state['step'], state['seconds'], state['logged_at'], state['watch'], state['seconds']
