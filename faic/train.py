@@ -84,7 +84,7 @@ class TrainingStopped(RuntimeError):
 
 LOOK = 25 # steps between two looks at the losses
 
-# %% ../nbs/30_train.ipynb #835c6ad3
+# %% ../nbs/30_train.ipynb #accadd12
 _CLAIMED = {} # lock file of a run -> the open file; a lock lasts as long as its process
 
 def claim(
@@ -105,9 +105,11 @@ def claim(
 
 @contextmanager
 def heard(): # a list, empty until a signal comes
-    "Ctrl-C (SIGINT, the notebook's stop button) and SIGTERM are noted instead of obeyed, so that a step can be finished and saved."
+    "Ctrl-C (SIGINT, the notebook's stop button) and SIGTERM are noted instead of obeyed, so that a step can be finished and saved; a second one stops at once."
     signals, before = [], {}
-    def note(number, frame): signals.append(signal.Signals(number))
+    def note(number, frame):
+        if signals: raise KeyboardInterrupt
+        signals.append(signal.Signals(number))
     if threading.current_thread() is threading.main_thread(): before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield signals
     finally:
@@ -243,7 +245,7 @@ def saved_step(trainer:Trainer)->int:
     "The step of the checkpoint on disk."
     return torch.load(trainer.checkpoint, map_location='cpu', weights_only=True)['step']
 
-# %% ../nbs/30_train.ipynb #21767755
+# %% ../nbs/30_train.ipynb #4bedcfe7
 def train_day(
     trainer:Trainer,
     day:int, # 1 ... days
@@ -277,7 +279,7 @@ def train_day(
         with heard() as signals, progress(total=round(whole_budget*target - first), desc=f"{trainer.run.options.get('variant', trainer.run.options['model'])}, day {day}", unit='s' if hours else 'step', leave=False) as bar:
             engine.run(batches, max_epochs=1, epoch_length=2**31)
         batches.close()
-        if signals and trainer.fraction < target - 1e-12: stop(trainer, signals[0])
+        if signals: stop(trainer, signals[0])
     save_checkpoint(trainer)
     weights = {f'{n}.{k}': v.contiguous() for n, p in trainer.parts.items() for k, v in final(trainer, n, p).state_dict().items()}
     return write_bytes(trainer.day_weights(day), save(weights, metadata=dict(step=str(trainer.step), seconds=f'{trainer.seconds:.1f}')))
@@ -295,7 +297,7 @@ def final(trainer:Trainer, name:str, part):
     "The network that is evaluated: the average of its weights where there is one, else the part itself."
     return trainer.ema[name].module if trainer.ema else part
 
-# %% ../nbs/30_train.ipynb #d7799ed9
+# %% ../nbs/30_train.ipynb #08951e57
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt."
     t = trainer
@@ -320,6 +322,7 @@ class Hashed:
         self.sha256.update(content)
         return self.file.write(content)
 
+# %% ../nbs/30_train.ipynb #da72ade2
 class Damaged(TrainingStopped):
     "A checkpoint is not what was once written."
 
@@ -344,6 +347,7 @@ def newest_state(trainer:Trainer)->tuple: # (state, its file)
     print(f"{last} is damaged or missing: going on from {previous.name}, step {state['step']:,}")
     return state, previous
 
+# %% ../nbs/30_train.ipynb #b35384c6
 def _restore(trainer, state, path): # all that is learned or drawn, but not how far the budget is used
     try:
         for n, p in trainer.parts.items(): p.load_state_dict(state['parts'][n])
