@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .color import luma
-from .core import progress
-from .layers import UNet, shorter
+from .core import drawn, integers, progress
+from .layers import UNet, at_least_float, shorter
 from .plots import arrow, box, diagram, picture, style
 
 # %% ../nbs/23_bbdm.ipynb #4dc538f7
@@ -379,19 +379,19 @@ class BBDM(Ends):
 
     def losses(self,
         batch:dict, # 'latents', or 'rgb' and 'gray'
-        generator:torch.Generator, # of times and noise
+        generator, # of times and noise: a torch.Generator, or a list with one per image
     ):
         "Yield ('net', loss): how far the network's answer at a random time of each image is from the target."
         x0, y, context = self.ends(batch)
-        t = torch.randint(self.bridge.timesteps, (len(x0),), generator=generator, device=generator.device).to(x0.device)
-        noise = torch.randn(x0.shape, generator=generator, device=generator.device).to(x0.device)
+        t = drawn(integers(self.bridge.timesteps), (len(x0),), generator).to(x0.device)
+        noise = drawn(torch.randn, x0.shape, generator).to(x0.device)
         yield 'net', self.loss_at(x0, y, context, t, noise)
 
     def loss_at(self, x0:Tensor, y:Tensor, context, t:Tensor, noise:Tensor)->Tensor: # scalar
         "The loss at given times and noise (algorithm 1)."
         x_t = self.bridge.to(x0.device).sample(x0, y, t, noise)
         target = bridge_target(self.objective, x0, y, noise, *self.bridge.at(t))
-        answer = self.net(x_t, t, context).float()
+        answer = at_least_float(self.net(x_t, t, context))
         with torch.no_grad(): self.terms = dict(x0_error=(predict_x0(self.objective, answer, x_t, y, *self.bridge.at(t)) - x0).abs().mean())
         return F.l1_loss(answer, target) if self.loss == 'l1' else F.mse_loss(answer, target)
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .color import luma
-from .core import progress
+from .core import drawn, integers, progress
 
 # %% ../nbs/21_coltran.ipynb #c0148213
 def symbols_of(
@@ -552,11 +552,11 @@ class ColTranColor:
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
-        generator:torch.Generator, # draws each photograph's channel
+        generator, # draws each photograph's channel: a torch.Generator, or a list with one per image
     ):
         "Yield ('net', bits a value of the drawn channel)."
         low = area(_levels(batch['rgb']), self.low, self.low)
-        channel = torch.randint(3, (len(low),), generator=generator, device=generator.device).to(low.device)
+        channel = drawn(integers(3), (len(low),), generator).to(low.device)
         fine = _one_channel(low, channel)
         yield 'net', bits(self.net(fine//32, channel, _gray_levels(low)), fine)
 
@@ -574,12 +574,12 @@ class ColTranSpatial:
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
-        generator:torch.Generator, # draws each photograph's channel
+        generator, # draws each photograph's channel: a torch.Generator, or a list with one per image
     ):
         "Yield ('net', bits a value of the drawn channel)."
         pixels = _levels(batch['rgb'])
         coarse = enlarge(area(pixels, self.low, self.low))
-        channel = torch.randint(3, (len(pixels),), generator=generator, device=generator.device).to(pixels.device)
+        channel = drawn(integers(3), (len(pixels),), generator).to(pixels.device)
         yield 'net', bits(self.net(_one_channel(coarse, channel), channel, _gray_levels(pixels)), _one_channel(pixels, channel))
 
 # %% ../nbs/21_coltran.ipynb #21b1c5d4

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'written_whole', 'write_bytes', 'write_json', 'read_json',
-           'short_hash', 'generator_for', 'pick_device', 'device_name', 'Budget', 'one_of', 'whole', 'text',
-           'comma_list', 'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'Run', 'open_run',
-           'read_runs', 'progress']
+           'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up', 'gathered',
+           'pick_device', 'device_name', 'Budget', 'one_of', 'whole', 'text', 'comma_list', 'budget_or_empty',
+           'ParameterError', 'check_params', 'provenance', 'Run', 'open_run', 'read_runs', 'progress']
 
 # %% ../nbs/00_core.ipynb #ab97fff4
 import ast, hashlib, json, os, platform, re, subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
+import ignite.distributed as idist
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #708427b4
@@ -98,6 +100,46 @@ def generator_for(
     plain = tuple(n.item() if hasattr(n, 'item') else n for n in names) # NumPy's 3 is 3
     seed = int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], 'little')
     return torch.Generator(device).manual_seed(seed % 2**63)
+
+# %% ../nbs/00_core.ipynb #c93c0421
+def drawn(
+    kind, # torch.rand, torch.randn, or a function that takes the same arguments
+    shape:tuple, # (B,...)
+    generator, # one torch.Generator (None: torch's own) for all images, or a list with one for each
+)->torch.Tensor: # of this shape, on the generator's device
+    "Random numbers for a batch of images."
+    if not isinstance(generator, (list, tuple)): return kind(shape, generator=generator, device=generator.device if generator else None)
+    return torch.stack([kind(shape[1:], generator=g, device=g.device) for g in generator])
+
+def integers(high:int): # a kind for `drawn`
+    "Whole numbers from 0 to high - 1."
+    return lambda shape, **where: torch.randint(high, shape, **where)
+
+# %% ../nbs/00_core.ipynb #05b17fcc
+def join_processes(device:torch.device)->torch.device: # this process's own GPU, where there are GPUs
+    "Connect the processes that torchrun started; alone, nothing happens."
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or idist.get_world_size() > 1: return device
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    idist.initialize('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(days=7))
+    return device
+
+def is_first()->bool:
+    "Is this the process that writes files and speaks?"
+    return idist.get_rank() == 0
+
+# %% ../nbs/00_core.ipynb #a0887194
+def added_up(x:torch.Tensor)->torch.Tensor: # the same shape
+    "The sum over all processes."
+    return idist.all_reduce(x) if idist.get_world_size() > 1 else x
+
+def gathered(rows:torch.Tensor)->torch.Tensor: # (n,...), another n in each process; every process gets all rows
+    "The rows of all processes, in the order of the processes."
+    if idist.get_world_size() == 1: return rows
+    counts = idist.all_gather(torch.tensor([len(rows)])).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    return torch.cat([piece[:n] for piece, n in zip(idist.all_gather(padded).split(max(counts)), counts)])
 
 # %% ../nbs/00_core.ipynb #baf2afd7
 def pick_device(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'Photos',
-           'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'describe', 'enlarged', 'Batch',
+           'LeftOut', 'to_rgb', 'read_photo', 'list_files', 'load_photos', 'describe', 'enlarged', 'Batch', 'share_of',
            'training_batches', 'latent_batches', 'ordered_batches']
 
 # %% ../nbs/02_data.ipynb #665b7a3b
@@ -12,6 +12,7 @@ import errno, fcntl, hashlib, itertools, json, math, os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -345,6 +346,16 @@ class Batch(Mapping):
 
     def __iter__(self): return iter(self._made)
     def __len__(self): return len(self._made)
+    def __or__(self, more:dict)->'Batch': # with further items
+        return self._with(self._made | more)
+
+    def piece(self, rows:slice)->'Batch': # of some of its images
+        return self._with({k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in self._made.items()})
+
+    def _with(self, made):
+        other = copy(self)
+        other._made = made
+        return other
 
 # %% ../nbs/02_data.ipynb #f1a1eac7
 def _batches(
@@ -361,6 +372,15 @@ def _batches(
             rows, index = (torch.from_numpy(x).to(device) for x in ready.result())
             yield make(index, rows)
 
+# %% ../nbs/02_data.ipynb #edaf707a
+def share_of(
+    rows:np.ndarray, # of a whole batch
+    process:int, # 0 ... processes-1
+    processes:int,
+)->np.ndarray: # consecutive, as many as the others' within one; never empty
+    "A process's rows of a batch."
+    return np.array_split(rows, processes)[process] if process < len(rows) else rows[:1]
+
 # %% ../nbs/02_data.ipynb #d0fe9664
 def _epoch(n, seed, epoch, room):
     "The order of an epoch, and by photograph: rows (top, left) of the crop and whether it is mirrored."
@@ -368,7 +388,7 @@ def _epoch(n, seed, epoch, room):
     order, corner, mirror = torch.randperm(n, generator=g), torch.randint(room + 1, (n, 2), generator=g), torch.rand(n, generator=g) < .5
     return order.numpy(), corner.numpy(), mirror.numpy()
 
-def _drawer(n, batch_size, seed, room=0): # function of a step: (chosen rows, corners of all rows, mirrors of all rows)
+def _drawer(n, batch_size, seed, room=0, share=(0, 1)): # function of a step: (chosen rows, corners of all rows, mirrors of all rows)
     per_epoch, drawn = math.ceil(n/batch_size), {}
     def draw(step):
         epoch, position = divmod(step, per_epoch)
@@ -376,7 +396,7 @@ def _drawer(n, batch_size, seed, room=0): # function of a step: (chosen rows, co
             drawn.clear()
             drawn[epoch] = _epoch(n, seed, epoch, room)
         order, corner, mirror = drawn[epoch]
-        return order[position*batch_size:(position + 1)*batch_size], corner, mirror
+        return share_of(order[position*batch_size:(position + 1)*batch_size], *share), corner, mirror
     return draw
 
 # %% ../nbs/02_data.ipynb #aaa17f4e
@@ -390,6 +410,7 @@ def training_batches(
     gray_kind:str='lab', # one of GRAY_KINDS
     start_step:int=0, # batches to skip, at no cost
     device='cpu',
+    share:tuple=(0, 1), # (process, processes): which share of each batch
 ): # endless iterator of batches: index (B,) long, gray (B,1,crop,crop) and rgb (B,3,crop,crop) float32 in [0,1]
     "Endless random batches; the same arguments give the same batches, from any start."
     if isinstance(array, np.memmap): array = array.view(np.ndarray) # its own class makes each slice slower
@@ -397,7 +418,7 @@ def training_batches(
     if len(indices) != n: raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
     if not 0 <= room < array.shape[1]: raise ValueError(f'crop is {crop}; expected 1 to {array.shape[1]}, the side of the array')
     if gray_kind not in GRAY_KINDS: raise ValueError(f'gray kind {gray_kind!r} is unknown; expected one of {GRAY_KINDS}')
-    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(n, batch_size, seed, room)
+    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(n, batch_size, seed, room, share)
     buffers = np.empty((2, batch_size, 3, crop, crop), np.uint8)
     def cut(step):
         chosen, corner, mirror = draw(step)
@@ -416,9 +437,10 @@ def latent_batches(
     seed:int, # of the order and the mirrors
     start_step:int=0, # batches to skip, at no cost
     device='cpu',
+    share:tuple=(0, 1), # (process, processes): which share of each batch
 ): # endless iterator of batches: index (B,) long, latents (B,...)
     "Endless random batches of what was prepared, in the order of `training_batches` with the same seed."
-    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(len(latents), batch_size, seed)
+    indices, draw = np.asarray(indices, dtype=np.int64), _drawer(len(latents), batch_size, seed, share=share)
     if len(indices) != len(latents): raise ValueError(f'expected an index for each of the {len(latents)} rows of latents, found {len(indices)}')
     def cut(step):
         chosen, _, mirror = draw(step)

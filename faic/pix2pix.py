@@ -167,7 +167,7 @@ class Pix2Pix:
 
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels
-        generator:torch.Generator, # for dropout
+        generator, # for dropout: a torch.Generator, or a list with one per image
     ):
         "Yield ('D', loss) and then ('G', loss); the part must be stepped before the next is asked for."
         L, ab = scaled_lab(batch['rgb'])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .layers import norm_groups
+from .core import added_up, gathered
+from .layers import at_least_float, norm_groups
 
 # %% ../nbs/22_vqgan.ipynb #fabc85f3
 class Norm(nn.GroupNorm):
@@ -267,7 +268,7 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, a:Tensor, b:Tensor)->Tensor: # two of (B,3,H,W) in [-1,1] -> (B,)
         with torch.autocast(a.device.type, enabled=False):
-            cosines = [(u*v).sum(1).mean((1, 2)) for u, v in zip(self.features(a.float()), self.features(b.float()))]
+            cosines = [(u*v).sum(1).mean((1, 2)) for u, v in zip(self.features(at_least_float(a)), self.features(at_least_float(b)))]
             return 1 - torch.stack(cosines).mean(0)
 
 # %% ../nbs/22_vqgan.ipynb #4ac0254f
@@ -311,33 +312,38 @@ class VQGAN:
         return {'net': self.net, 'D': self.D}
 
     def losses(self,
-        batch:dict, # 'rgb' (B,3,H,W) in [0,1]
-        generator:torch.Generator=None, # of the first codes, with codebook 'data'; else draws nothing
+        batch:dict, # 'rgb' (B,3,H,W) in [0,1]; of a piece of a larger batch also 'share' (of its images) and 'piece' (its number)
+        generator=None, # of the first codes, with codebook 'data': a torch.Generator, or a list of which the first is taken; else draws nothing
     ):
         "Yield ('net', loss) and, from batch disc_start on, ('D', loss)."
-        x = batch['rgb']*2 - 1
+        x, share = batch['rgb']*2 - 1, batch.get('share', 1.)
         z = self.net.encode(x)
-        if self.codebook == 'data' and int(self.D.steps) == 0: self.net.quantize.begin_with(z, generator)
+        if self.codebook == 'data' and int(self.D.steps) == 0 and batch.get('piece', 0) == 0: self._first_codes(z if share else z[:0], generator)
         zq, index, codebook = self.net.quantize(z)
         rec = self.net.decode(zq, quantize=False)
         l1, perceptual = F.l1_loss(rec, x), self._perceptual(rec, x)
         likeness, g, d_weight = l1 + self.perceptual_weight*perceptual, l1.new_zeros(()), l1.new_zeros(())
         if adversarial := int(self.D.steps) >= self.disc_start:
-            g = -self.D(rec).float().mean()
-            d_weight = self.disc_weight*self._balance(likeness, g)
+            g = -at_least_float(self.D(rec)).mean()
+            d_weight = self.disc_weight*self._balance(likeness, g, share)
         self.terms = dict(rec=l1.detach(), perceptual=perceptual.detach(), g=g.detach(), d_weight=d_weight, codebook=codebook.detach(), usage=self._usage(index))
-        self.D.steps += 1
         yield 'net', likeness + d_weight*g + codebook
-        if adversarial: yield 'D', (F.relu(1 - self.D(x).float()).mean() + F.relu(1 + self.D(rec.detach()).float()).mean())/2
+        if adversarial: yield 'D', (F.relu(1 - at_least_float(self.D(x))).mean() + F.relu(1 + at_least_float(self.D(rec.detach()))).mean())/2
+        if batch.get('piece', 0) == 0: self.D.steps += 1
 
     def _perceptual(self, rec, x):
         if not self.perceptual_weight: return x.new_zeros(())
         if self.perceptual is None: self.perceptual = PerceptualDistance().to(x.device)
         return self.perceptual(rec, x).mean()
 
-    def _balance(self, likeness, g): # how much larger the gradient of the one is than the other's, at the last convolution
-        last = self.net.decoder.conv_out.weight
-        of = lambda loss: torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+    def _first_codes(self, z, generator): # of all processes' latents, and the same in all of them
+        codes = self.net.quantize.embedding.weight
+        self.net.quantize.begin_with(gathered(z.detach()), generator[0] if isinstance(generator, (list, tuple)) else generator)
+        with torch.no_grad(): codes.copy_(gathered(codes[None])[0])
+
+    def _balance(self, likeness, g, share=1.): # how much larger the gradient of the one is than the other's, at the last convolution
+        last, whole = self.net.decoder.conv_out.weight, added_up(torch.tensor(float(share), dtype=torch.float64)).item()
+        of = lambda loss: added_up(torch.autograd.grad(share*loss, last, retain_graph=True)[0]).div(whole).norm()
         return (of(likeness)/(of(g) + 1e-4)).clamp(0, 1e4).detach()
 
     def _usage(self, index): # share of the codes that occur

@@ -437,7 +437,7 @@ def test_coltran_training_steps(found, tmp_path):
     trainer = Trainer(model, Run(tmp_path, options), np.zeros((1, 1, 1, 3), np.uint8), np.arange(1), Budget(len(batches), "steps"), options)
     tiny = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.net.named_parameters()}
     for rgb, losses in zip(batches, golden["losses_auto_enc_total"]):
-        seen = train_step(trainer, dict(rgb=rgb))
+        seen = train_step(trainer, dict(index=torch.arange(len(rgb)), rgb=rgb))
         trainer.step += 1
         for term, value in zip(("auto", "aux", "net"), losses):
             assert seen[term].item() == pytest.approx(value, rel=LOSS), (trainer.step, term)
@@ -960,7 +960,7 @@ def test_bbdm_training_steps(bbdm, tmp_path):
     last.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     for t, noise, golden in zip(T, Z, bbdm["train_losses"]):
         z = latents.flip(3) if trainer.step % 2 else latents
-        close(train_step(trainer, dict(latents=z, t=t, noise=noise))["net"], golden, LOSS_OF_BRIDGE)
+        close(train_step(trainer, dict(index=torch.arange(len(z)), latents=z, t=t, noise=noise))["net"], golden, LOSS_OF_BRIDGE)
         trainer.step += 1
     close(seen[1], bbdm["train_accumulated_grad_out_conv_after2"], PASS)
     names = [str(n) for n in bbdm.arrays["train_after_names"]]
@@ -978,7 +978,7 @@ def test_bbdm_averages(bbdm, tmp_path):
     trainer = loop_of(trainee, tmp_path, len(decays), ema=dict(decay=0.995, start=start, every=1))
     for value, golden in zip(values[1:], bbdm["ema_shadow"]):
         trainee.net["weights"].data.copy_(value)
-        train_step(trainer, dict(loss=torch.zeros(())))
+        train_step(trainer, dict(index=torch.arange(1), loss=torch.zeros(())))
         trainer.step += 1
         close(trainer.ema["net"].module["weights"], golden, 1e-6)
 
@@ -988,6 +988,6 @@ def test_bbdm_learning_rates(bbdm, tmp_path):
     trainer = loop_of(Scripted(torch.zeros(1)), tmp_path, len(losses), schedule="plateau",
                       plateau=dict(factor=0.5, patience=3, threshold=1e-4, cooldown=2, min_lr=5e-7))
     for loss, rate in zip(losses, golden):
-        train_step(trainer, dict(loss=loss))
+        train_step(trainer, dict(index=torch.arange(1), loss=loss))
         trainer.step += 1
         assert trainer.optimizers["net"].param_groups[0]["lr"] == rate
