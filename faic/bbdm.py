@@ -282,7 +282,7 @@ class Ends:
     def encode(self, pixels:Tensor)->Tensor: # (B,3,H,W) in [-1,1] -> (B,C,h,w), float32
         "The latents of an image, not normalised."
         if self.factor == 1: return pixels
-        return (self._stage().encoder if self.before_quant_conv else self._stage().encode)(pixels).float()
+        return at_least_float((self._stage().encoder if self.before_quant_conv else self._stage().encode)(pixels))
 
     def normalized(self,
         z:Tensor, # (B,C,h,w)
@@ -299,7 +299,7 @@ class Ends:
         "The image at an end of the bridge: quantised and decoded."
         if self.factor == 1: return z
         z = self.normalized(z, back=True)
-        return self._stage().decode(self._stage().quant_conv(z) if self.before_quant_conv else z).float()
+        return at_least_float(self._stage().decode(self._stage().quant_conv(z) if self.before_quant_conv else z))
 
     def _stage(self):
         if self.first_stage is None: raise ValueError(f'BBDM in a latent space of factor {self.factor} needs its first stage: set first_stage to a trained VQGAN of that factor')
@@ -318,7 +318,7 @@ class Ends:
     def ends(self, batch:dict)->tuple: # (x0, y, context)
         "Both ends of the bridge for a batch, and what the network is shown: from prepared latents where the batch has them, else from its photographs."
         if 'latents' not in batch: return self.normalized(self.encode(batch['rgb']*2 - 1)), *self.start(batch['gray'])
-        x0, y, small = batch['latents'].float().tensor_split((self.channels, 2*self.channels), 1)
+        x0, y, small = at_least_float(batch['latents']).tensor_split((self.channels, 2*self.channels), 1)
         x0, y = self.normalized(x0), self.normalized(y, 'cond')
         return x0, y, dict(nocond=None, y=y, rescaler=small)[self.conditioning]
 

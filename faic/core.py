@@ -131,8 +131,8 @@ def is_first()->bool:
 
 # %% ../nbs/00_core.ipynb #a0887194
 def added_up(x:torch.Tensor)->torch.Tensor: # the same shape
-    "The sum over all processes."
-    return idist.all_reduce(x) if idist.get_world_size() > 1 else x
+    "The sum over all processes; x stays what it is."
+    return idist.all_reduce(x.clone()) if idist.get_world_size() > 1 else x
 
 def gathered(rows:torch.Tensor)->torch.Tensor: # (n,...), another n in each process; every process gets all rows
     "The rows of all processes, in the order of the processes."
