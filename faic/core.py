@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'written_whole', 'write_bytes', 'write_json', 'read_json',
            'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up', 'gathered',
-           'pick_device', 'device_name', 'Budget', 'one_of', 'whole', 'text', 'comma_list', 'budget_or_empty',
-           'ParameterError', 'check_params', 'provenance', 'Run', 'open_run', 'read_runs', 'progress']
+           'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text', 'comma_list',
+           'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command', 'driver', 'Run', 'open_run',
+           'read_runs', 'progress']
 
 # %% ../nbs/00_core.ipynb #ab97fff4
-import ast, hashlib, json, os, platform, re, subprocess
+import ast, hashlib, json, os, platform, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -162,6 +163,14 @@ def device_name(device:torch.device)->str: # 'NVIDIA H200', 'AMD EPYC 9654, 2 th
     model = next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), platform.processor() or 'CPU')
     return f'{model}, {torch.get_num_threads()} threads'
 
+# %% ../nbs/00_core.ipynb #826a04bd
+def repeat_exactly(device:torch.device):
+    "Ask a GPU for kernels that give the same bits each time."
+    if device.type != 'cuda': return
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when the GPU is first used
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
 # %% ../nbs/00_core.ipynb #38cff83c
 @dataclass(frozen=True)
 class Budget:
@@ -178,7 +187,7 @@ class Budget:
             budget = cls(float(amount), unit)
         except ValueError: budget = cls(0, '')
         if budget.unit not in ('steps', 'epochs', 'hours') or not 0 < budget.amount < float('inf'):
-            raise ValueError(f"a budget reads like '200 steps', '3 epochs' or '2 hours'; found {text!r}")
+            raise ValueError(f"a budget reads like '200 steps', '3 epochs', '2 hours', or 'paper'; found {text!r}")
         return budget
 
     def __str__(self): return f'{self.amount:g} {self.unit}'
@@ -215,8 +224,8 @@ def comma_list(*names:str):
     return check
 
 def budget_or_empty(value):
-    "A check: '' (the preset's own) or a budget such as '200 steps'."
-    if text(value): Budget.parse(value)
+    "A check: '' (the preset's own), 'paper' (the work that each model did in the paper) or a budget such as '200 steps'."
+    if text(value) not in ('', 'paper'): Budget.parse(value)
     return value
 
 # %% ../nbs/00_core.ipynb #fcec82eb
@@ -245,16 +254,32 @@ def check_params(
 PACKAGES = ('torch', 'pytorch-ignite', 'numpy', 'pillow', 'scikit-image')
 
 def provenance(device:torch.device)->dict:
-    "Who made this: time, commit (with a mark for local changes), versions and device."
+    "Who made this: time, commit (with a mark for local changes), command, versions, device and its driver."
     git = lambda *args: subprocess.run(['git', '-C', str(repo_root()), *args], capture_output=True, text=True).stdout.strip()
     try: commit = (git('rev-parse', '--short=10', 'HEAD') or 'unknown') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
     except FileNotFoundError: commit = 'unknown (no git)'
-    return dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit, device=device_name(device), python=platform.python_version(),
-                versions={p: _version(p) for p in PACKAGES})
+    return dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=commit, command=command(), device=device_name(device), driver=driver(device),
+                python=platform.python_version(), versions={p: _version(p) for p in PACKAGES})
 
 def _version(package):
     try: return version(package)
     except PackageNotFoundError: return 'not installed'
+
+# %% ../nbs/00_core.ipynb #8b5a6437
+def command()->str: # e.g. 'papermill phase2.ipynb out.ipynb -p model coltran'
+    "How this process was started, or the one that started this kernel."
+    words = sys.orig_argv
+    if 'ipykernel_launcher' in ' '.join(words):
+        parent = Path(f'/proc/{os.getppid()}/cmdline')
+        words = parent.read_text().split('\0')[:-1] if parent.exists() else ['jupyter']
+    short = [w.rstrip('/').rsplit('/', 1)[-1] for w in words]
+    return shlex.join(short[1:] if len(short) > 1 and short[0].startswith('python') and not short[1].startswith('-') else short)
+
+def driver(device:torch.device)->str: # '' on a CPU
+    "The version of the GPU's driver."
+    if device.type != 'cuda': return ''
+    try: return subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True, text=True).stdout.split('\n')[0]
+    except FileNotFoundError: return 'unknown (no nvidia-smi)'
 
 # %% ../nbs/00_core.ipynb #e1eed549
 @dataclass

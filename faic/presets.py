@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'VQGANS', 'LATENTS', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_FID', 'PAPER_WINNER', 'PRESETS', 'DAYS',
-           'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'day_budget', 'part_budget',
-           'make_trainee', 'make_colorizer', 'usual_sampling', 'chosen_sampling', 'describe_sampling',
+           'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'day_budget', 'paper_work',
+           'part_budget', 'make_trainee', 'make_colorizer', 'usual_sampling', 'chosen_sampling', 'describe_sampling',
            'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name', 'at_least',
-           'given', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
+           'given', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
 
 # %% ../nbs/31_presets.ipynb #51f460f1
-import hashlib, math
+import hashlib, math, re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, o
 from .core import Budget, budget_or_empty, check_params, comma_list, one_of, short_hash, text, whole
 from .layers import norm_groups
 from .pix2pix import Pix2Pix, pix2pix_colorizer
-from .plots import PAPER_TABLES
+from .plots import PAPER_TABLES, PAPER_WORK
 from .vqgan import DISCRIMINATORS, VQGAN, ldm_model
 
 # %% ../nbs/31_presets.ipynb #236cb939
@@ -142,10 +142,21 @@ def model_options(
 
 def day_budget(
     preset:str,
-    budget:str='', # replaces the preset's where given
-)->Budget: # of one variant of phase 1 and of one day of phase 2
+    budget:str='', # replaces the preset's where given; 'paper': the work that the model did in the paper
+    model:str='', # one of MODELS; with 'paper' only
+    phase:str='phase1', # or 'phase2'; with 'paper' only
+)->Budget: # of one variant of phase 1, or of one day of phase 2
     "How much training a variant and a day get."
+    if budget == 'paper': return paper_work(model, phase)
     return Budget.parse(budget or PRESETS[preset]['budget'])
+
+def paper_work(
+    model:str, # one of MODELS
+    phase:str, # 'phase1' or 'phase2'
+)->Budget:
+    "How much of its training fitted into the paper's day: '130 epochs', 'about 100 000 steps', ..."
+    amount, unit = re.match(r'(?:about )?([0-9 ]+) (steps|epochs)', PAPER_WORK[model][('phase1', 'phase2').index(phase)]).groups()
+    return Budget(float(amount.replace(' ', '')), unit)
 
 def part_budget(
     preset:str,
@@ -299,6 +310,12 @@ def given(
     return check
 
 # %% ../nbs/31_presets.ipynb #19ce8d9c
+def boolean(value):
+    "A check: true or false, also as papermill's -p hands them over."
+    known = {'true': True, '1': True, 'false': False, '0': False}
+    if str(value).lower() not in known: raise ValueError('expected true or false')
+    return known[str(value).lower()]
+
 def sample_steps(value):
     "A check: 0 for as many as the tables use, or 3 to 1000 steps."
     steps = whole(0, 1000)(value)
@@ -318,7 +335,7 @@ def first_stage(
 # %% ../nbs/31_presets.ipynb #6f091763
 PARAMETERS = dict(
     model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), variants=text, budget=budget_or_empty,
-    device=text, batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
+    device=text, pieces=whole(1, 1024), workers=whole(1, 64), processes=whole(1, 64), watch=boolean, batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
     latent=one_of(*LATENTS), first_stage=text, sample_steps=sample_steps, eta=at_least(0),
     photo=text, run=text, out=text, frame=one_of('whole', 'square'), images=whole(1),
 )
