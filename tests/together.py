@@ -15,7 +15,7 @@ from faic.coltran import ColTran, ColTranColor, ColTranSpatial
 from faic.core import Budget, Run, added_up, is_first, join_processes
 from faic.pix2pix import Pix2Pix
 from faic.train import Trainer, day_batches, train_step
-from faic.vqgan import PerceptualDistance, VQGAN
+from faic.vqgan import VQGAN
 
 SIDE, PHOTOGRAPHS = 32, 10  # batches of 3, and at the end of an epoch one of 1: then the second process has no image
 ADAM = dict(optimizer="adam", lr=1e-3, beta1=0.5, beta2=0.999, schedule="constant")
@@ -24,7 +24,7 @@ TRAINEES = {  # name -> (function of nothing, options)
     "coltran": (lambda: ColTran(SIDE, dim=16, heads=2, ff=16), ADAM | dict(optimizer="rmsprop", ema=dict(decay=0.9, start=0.0, every=1))),
     "coltran_color": (lambda: ColTranColor(SIDE, dim=16, heads=2, ff=16), ADAM),
     "coltran_spatial": (lambda: ColTranSpatial(SIDE, dim=8, heads=2, ff=8), ADAM),
-    "vqgan": (lambda: VQGAN("f4", ch=16, num_res_blocks=1, n_embed=32, disc_width=8, disc_start=4, codebook="data"), ADAM | dict(lr=1e-4)),
+    "vqgan": (lambda: VQGAN("f4", ch=16, num_res_blocks=1, n_embed=32, disc_width=8, perceptual_weight=0.0, disc_start=4, codebook="data"), ADAM | dict(lr=1e-4)),
     "bbdm": (lambda: BBDM(4, 3, 8, 32, (1, 2), 1, groups=8), ADAM | dict(accumulate=2, schedule="plateau", plateau=dict(factor=0.5, patience=2, threshold=1e-4, cooldown=1, min_lr=1e-6))),
 }
 
@@ -34,8 +34,6 @@ class InPrecision:
 
     def __init__(self, trainee, dtype):
         self.trainee, self.dtype, self.gray_kind = trainee, dtype, trainee.gray_kind
-        if isinstance(trainee, VQGAN):
-            trainee.perceptual = PerceptualDistance().to(dtype)
         if isinstance(trainee, BBDM):
             trainee.bridge.to(dtype)
         for part in trainee.parts().values():
