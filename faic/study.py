@@ -12,8 +12,8 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', '
            'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
            'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
            'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
-           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'run_study', 'data_name',
-           'results_folder', 'main']
+           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'executed', 'study_folder',
+           'run_study', 'data_name', 'results_folder', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, fcntl, io, logging, os, re, resource, sys, tempfile, threading, time
@@ -783,7 +783,7 @@ def run_progress(run:Run)->dict: # step; fraction (0 to 1) of the budget; used, 
     ends = run.metrics().to_dict('records') + [dict(day=int(f.stem.split('-')[1]), **work_done(f)) for f in run.path.glob('day-*.safetensors')]
     made = [(e['step'], e['day']/days, e['training_seconds']) for e in ends if 'step' in e] + [(e['step'], e['fraction'], e['seconds']) for e in run.events() if 'fraction' in e]
     step, fraction, seconds = max(made, default=(0, 0., 0.))
-    used = f'{days*fraction:.1f} of {days} days' if days > 1 else f'{budget.amount*fraction:,.3g} of {budget}' if budget.unit == 'hours' else f'{round(budget.amount*fraction):,} of {budget.amount:,g} {budget.unit}'
+    used = f'{days*fraction:.1f} of {days} days' if days > 1 else f'{budget.amount*fraction:,.3g} of {budget}' if budget.unit == 'hours' else f'{round(budget.amount*fraction):,} of {budget.amount:,.10g} {budget.unit}'
     whole = 3600*budget.amount if budget.unit == 'hours' else seconds/fraction if fraction else float('nan')
     return dict(step=step, fraction=min(1., fraction), used=used, seconds=seconds, left=max(0., whole - seconds) if fraction < 1 else 0.)
 
@@ -923,12 +923,22 @@ def run_notebook(
     environment = dict(FAIC_PROGRESS=str(mirror), PYTHONWARNINGS='ignore')
     os.environ.update(environment)
     mirror.unlink(missing_ok=True)
-    out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model', 'first_stage') if k in parameters))]) + '.ipynb')
+    out = executed(name, parameters, folder)
     try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
                                      extra_arguments=['--IPKernelApp.log_level=CRITICAL']) # its warnings would run into the bars
     except papermill.PapermillExecutionError as e: raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
     finally:
         for k in environment: os.environ.pop(k, None)
+
+def executed(name:str, parameters:dict, folder:Path)->Path:
+    "Where run_notebook leaves an executed notebook."
+    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'first_stage') if k in parameters)]) + '.ipynb')
+
+def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
+    "The folder of a study's executed notebooks."
+    folder = runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}'
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 # %% ../nbs/32_study.ipynb #8959954e
 def run_study(
@@ -946,8 +956,7 @@ def run_study(
         over = threading.Event()
         drawing = threading.Thread(target=terminal.keep_drawing, args=(over,), daemon=True)
         drawing.start()
-        folder = runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}'
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = study_folder(preset, data, seed)
         try:
             for name, parameters, weight in steps:
                 terminal.start(' '.join([name, *parameters.values()]), weight)
