@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'written_whole', 'write_bytes', 'write_json', 'read_json',
-           'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up', 'gathered',
-           'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text', 'comma_list',
-           'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command', 'driver', 'Run', 'open_run',
-           'read_runs', 'progress']
+           'locked', 'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up',
+           'gathered', 'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text',
+           'comma_list', 'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command', 'driver', 'Run',
+           'differences', 'open_run', 'read_runs', 'progress']
 
 # %% ../nbs/00_core.ipynb #ab97fff4
-import ast, hashlib, json, os, platform, re, shlex, subprocess, sys
+import ast, fcntl, hashlib, json, os, platform, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -83,6 +83,18 @@ def read_json(path:Path):
     "Read a JSON file; a damaged one is an error that names it."
     try: return json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path} is not valid JSON ({e}); delete it, or restore it from a copy') from e
+
+# %% ../nbs/00_core.ipynb #338b1c47
+@contextmanager
+def locked(
+    file:Path, # the lock, made where it is not there; it stays and means nothing by itself
+):
+    "One process at a time; the others wait here."
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'a') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 # %% ../nbs/00_core.ipynb #fb3b7152
 def short_hash(
@@ -309,6 +321,18 @@ class Run:
         write_bytes(self.path/'metrics.csv', table.to_csv(index=False).encode())
 
 # %% ../nbs/00_core.ipynb #af3c662b
+def differences(
+    stored, # what is there: anything JSON can hold
+    wanted, # what is asked for
+    name:str='', # of the option; dicts in dicts are named 'train.plateau.factor'
+)->list: # of sentences, one an option that differs
+    "What two sets of options do not agree on."
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = sorted(stored.keys() | wanted.keys())
+        return [d for k in keys for d in differences(stored.get(k, ...), wanted.get(k, ...), f'{name}.{k}'.lstrip('.'))]
+    say = lambda value: 'nothing' if value is ... else repr(value)
+    return [] if stored == wanted else [f'{name}: stored {say(stored)}, wanted {say(wanted)}']
+
 def open_run(
     options:dict, # resolved options that change results; needs 'phase', 'model', 'preset', 'seed', may have 'variant'
     device:torch.device, # recorded, not hashed: a device does not change what is asked for
@@ -320,10 +344,12 @@ def open_run(
     path = runs_dir()/name
     if not (path/'options.json').exists(): write_json(path/'options.json', dict(options, made=provenance(device) | notes))
     stored = read_json(path/'options.json')
-    differing = {k for k in stored.keys() | o.keys() if k != 'made' and stored.get(k) != o.get(k)}
-    if differing: raise ValueError(f'{path} holds other options than its name says: {", ".join(sorted(differing))} differ; move the folder away')
+    if other := differences({k: v for k, v in stored.items() if k != 'made'}, o):
+        raise ValueError(f'{path} holds other options than its name says; move the folder away. What differs:\n  ' + '\n  '.join(other))
     return Run(path, stored)
 
+
+# %% ../nbs/00_core.ipynb #7e8a087c
 def read_runs(
     **wanted, # options that must have this value, e.g. phase='phase1', model='pix2pix'
 )->list: # of Run, sorted by name

@@ -8,10 +8,9 @@ __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'N
            'training_batches', 'latent_batches', 'ordered_batches']
 
 # %% ../nbs/02_data.ipynb #665b7a3b
-import errno, fcntl, hashlib, itertools, json, math, os
+import errno, hashlib, itertools, json, math, os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .color import GRAY_KINDS, luma
-from .core import generator_for, progress, runs_dir, short_hash, write_bytes
+from .core import generator_for, locked, progress, runs_dir, short_hash, write_bytes
 
 # %% ../nbs/02_data.ipynb #386f4dcb
 @dataclass
@@ -212,13 +211,6 @@ def _in_chunks(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/02_data.ipynb #37977e8f
-@contextmanager
-def _locked(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 def _resume(folder, row_bytes):
     "Rows of the manifest that a killed preparation had finished."
     log, pixels = folder/'manifest.jsonl', folder/'pixels.u8'
@@ -271,7 +263,7 @@ def load_photos(
     files = list_files(root)
     folder = runs_dir()/f'data-{root.name}-{side}-{short_hash([side, FILTER, files])}'
     if not (folder/'manifest.csv').exists():
-        with _locked(folder):
+        with locked(folder/'lock'):
             if not (folder/'manifest.csv').exists(): _prepare(root, files, folder, side) # another process may have been quicker
     manifest = _read_manifest(folder/'manifest.csv')
     return _from_folder(root, folder, manifest, side, paper_split)
@@ -314,7 +306,7 @@ def enlarged(
     whole = 'train' if part == 'train_phase1' else part
     path = photos.folder/f'{whole}-{load_side}-{photos.fingerprint[:6]}.u8'
     if not path.exists():
-        with _locked(photos.folder):
+        with locked(photos.folder/'lock'):
             if not path.exists(): _enlarge(photos, load_side, photos.parts[whole], path)
     return np.memmap(path, np.uint8, 'r', shape=(len(photos.parts[whole]), load_side, load_side, 3))[:len(rows)]
 

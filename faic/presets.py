@@ -355,6 +355,6 @@ def notebook_parameters(
     return check_params(namespace, **checks)
 
 def variants_of(model:str):
-    "A check: a comma list of the model's variants; 'all' means the paper's. Gives a list."
+    "A check: a comma list of the model's variants; 'all' means the paper's, 'none' no variant. Gives a list."
     check = comma_list(*VARIANTS[model])
-    return lambda value: check(','.join(PAPER_FID[model]) if value == 'all' else value)
+    return lambda value: [] if value == 'none' else check(','.join(PAPER_FID[model]) if value == 'all' else value)

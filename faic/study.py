@@ -10,11 +10,13 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'LEADS', '
            'named_sampling', 'train_part', 'part_weights', 'load_part', 'part_bits', 'reconstruction',
            'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts', 'run_pretrained', 'rivals', 'crown',
            'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
-           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'plan', 'Terminal',
-           'run_notebook', 'run_study', 'data_name', 'results_folder', 'main']
+           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
+           'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
+           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'executed', 'study_folder',
+           'run_study', 'data_name', 'results_folder', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
-import argparse, io, logging, os, resource, sys, tempfile, threading, time
+import argparse, fcntl, io, logging, os, re, resource, sys, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .coltran import square
-from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, generator_for, open_run, progress, read_json, read_runs, repo_root, runs_dir, short_hash,
+from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, generator_for, locked, open_run, progress, read_json, read_runs, repo_root, runs_dir, short_hash,
                        write_bytes, write_json)
 from .data import Photos, enlarged, list_files, ordered_batches, to_rgb
 from .metrics import image_scores, summarize
@@ -56,13 +58,16 @@ def features_of(
 )->tuple: # (features (n,D), probabilities (n,K)), on the CPU
     "What the judge sees in the real photographs of a part; computed once a data set and kept."
     kept = runs_dir()/'data-features'/f'{photos.fingerprint[:16]}-{part}-{judge.label.replace(", ", "-")}.npz'
-    if not kept.exists():
-        rows = [judge(b['rgb']) for b in progress(ordered_batches(photos, part, batch_size=50, device=device), desc=f'features of {part}',
-                                                  total=-(-len(photos.parts[part])//50), leave=False)]
-        content = io.BytesIO()
-        np.savez(content, features=torch.cat([f for f, _ in rows]).cpu(), probabilities=torch.cat([p for _, p in rows]).cpu())
-        write_bytes(kept, content.getvalue())
+    with locked(kept.with_suffix('.lock')):
+        if not kept.exists(): write_bytes(kept, _seen(photos, part, judge, device))
     with np.load(kept) as z: return torch.tensor(z['features']), torch.tensor(z['probabilities'])
+
+def _seen(photos, part, judge, device): # bytes of an npz
+    total = -(-len(photos.parts[part])//50)
+    rows = [judge(b['rgb']) for b in progress(ordered_batches(photos, part, batch_size=50, device=device), desc=f'features of {part}', total=total, leave=False)]
+    content = io.BytesIO()
+    np.savez(content, features=torch.cat([f for f, _ in rows]).cpu(), probabilities=torch.cat([p for _, p in rows]).cpu())
+    return content.getvalue()
 
 # %% ../nbs/32_study.ipynb #5de8f54f
 OTHER = {'validation': 'test', 'test': 'validation'} # the other photographs of the unpaired column
@@ -241,9 +246,10 @@ def ready_latents(
     if not name: return None
     part = 'train' if name.startswith('given:') else TRAINING[phase]
     path = photos.folder/f"{part}-{o['load_side']}-{photos.fingerprint[:6]}-{name.replace(':', '-')}{'-flip' if o['flip'] else ''}.f16"
-    found, began = 'found' if path.exists() else 'made', time.monotonic()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    latents = trainee.prepare(enlarged(photos, o['load_side'], part), path, o['flip'], device)
+    array, began = enlarged(photos, o['load_side'], part), time.monotonic()
+    with locked(path.with_suffix('.lock')):
+        found = 'found' if path.exists() else 'made'
+        latents = trainee.prepare(array, path, o['flip'], device)
     print(f'latents of {part}: {found} {path}, {path.stat().st_size/1e9:.3f} GB, {time.monotonic() - began:.0f} s')
     return latents[:len(photos.parts[TRAINING[phase]])]
 
@@ -312,13 +318,14 @@ def run_baselines(
     "Score the gray image and the real photographs on the phase's part, and keep the truth beside the samples; once for each data set."
     part = EVALUATED[phase]
     gray, real = (baseline_run(phase, subject, preset, photos, device) for subject in ('gray', 'real'))
-    if not evaluated(gray, part=part):
-        rows, samples = evaluate(gray_baseline, photos, part, judge, device=device)
-        keep_samples(gray, samples)
-        gray.add_metrics(dict(day=1, lightness='photograph', **rows['photograph']))
-    if not evaluated(real, part=part):
-        keep_samples(real, np.asarray(photos.array[photos.parts[part][sample_rows(len(photos.parts[part]))]]))
-        real.add_metrics(dict(day=1, **evaluate_real(photos, part, judge, device)))
+    with locked(gray.path/'lock'): # notebooks that run at the same time score them once
+        if not evaluated(gray, part=part):
+            rows, samples = evaluate(gray_baseline, photos, part, judge, device=device)
+            keep_samples(gray, samples)
+            gray.add_metrics(dict(day=1, lightness='photograph', **rows['photograph']))
+        if not evaluated(real, part=part):
+            keep_samples(real, np.asarray(photos.array[photos.parts[part][sample_rows(len(photos.parts[part]))]]))
+            real.add_metrics(dict(day=1, **evaluate_real(photos, part, judge, device)))
 
 # %% ../nbs/32_study.ipynb #fae85838
 def part_options(
@@ -746,6 +753,108 @@ def newest_weights(model:str, preset:str, seed:int, photos:Photos, latent:str='f
     run = newest_run(model, preset, seed, photos, latent)
     return last_day(run)[1] if run else None
 
+# %% ../nbs/32_study.ipynb #03758723
+def being_written(
+    folder:Path, # of a run
+)->bool:
+    "Does a process that lives hold the run's lock?"
+    try:
+        with open(folder/'lock') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError: return False
+    except BlockingIOError: return True
+    return False
+
+# %% ../nbs/32_study.ipynb #a8aac75f
+def run_state(run:Run)->dict: # state: finished, running, failed, not evaluated, interrupted or not begun
+    "What a run is doing."
+    days, scored = set(range(1, PHASE_DAYS.get(run.options['phase'], 1) + 1)), run.metrics()
+    trained = 'train' not in run.options or all((run.path/f'day-{d}.safetensors').exists() for d in days)
+    if len(scored) and ('train' not in run.options or days <= set(scored['day'])): return dict(state='finished')
+    if being_written(run.path): return dict(state='running')
+    if (run.path/'error.json').exists(): return dict(state='failed')
+    if trained: return dict(state='not evaluated')
+    return dict(state='interrupted' if len(scored) or any((run.path/f).exists() for f in ('last.pt', 'previous.pt', 'log.jsonl')) else 'not begun')
+
+# %% ../nbs/32_study.ipynb #c8287bbc
+def run_progress(run:Run)->dict: # step; fraction (0 to 1) of the budget; used, e.g. '1.2 of 5 days'; seconds trained; seconds left
+    "How far a run's training is."
+    if 'train' not in run.options: return {}
+    days, budget = PHASE_DAYS.get(run.options['phase'], 1), Budget.parse(run.options['budget'])
+    ends = run.metrics().to_dict('records') + [dict(day=int(f.stem.split('-')[1]), **work_done(f)) for f in run.path.glob('day-*.safetensors')]
+    made = [(e['step'], e['day']/days, e['training_seconds']) for e in ends if 'step' in e] + [(e['step'], e['fraction'], e['seconds']) for e in run.events() if 'fraction' in e]
+    step, fraction, seconds = max(made, default=(0, 0., 0.))
+    used = f'{days*fraction:.1f} of {days} days' if days > 1 else f'{budget.amount*fraction:,.3g} of {budget}' if budget.unit == 'hours' else f'{round(budget.amount*fraction):,} of {budget.amount:,.10g} {budget.unit}'
+    whole = 3600*budget.amount if budget.unit == 'hours' else seconds/fraction if fraction else float('nan')
+    return dict(step=step, fraction=min(1., fraction), used=used, seconds=seconds, left=max(0., whole - seconds) if fraction < 1 else 0.)
+
+# %% ../nbs/32_study.ipynb #72024ab3
+def run_scores(run:Run)->dict: # metric, its last day and value there, its best day and value there
+    "What the last day of a run was worth, and the best one: by FID, of an upsampler by its bits a value."
+    if 'day' not in run.metrics(): return {}
+    rows = main_rows(run)
+    metric = next((c for c in rows if (c.startswith('FID (') or c == 'bits') and rows[c].notna().any()), None)
+    if metric is None: return {}
+    last, best = rows.iloc[-1], rows.loc[rows[metric].idxmin()]
+    return dict(metric=metric, day=last['day'], last=last[metric], best_day=best['day'], best=best[metric])
+
+def run_error(run:Run)->dict: # error, where error.json tells of one
+    "The error that stopped a run, as the training loop wrote it down."
+    if not (run.path/'error.json').exists(): return {}
+    e = read_json(run.path/'error.json')
+    return dict(error=f"{e['error']}: {e['message']} (step {e['step']}, {e['time']})")
+
+# %% ../nbs/32_study.ipynb #c627fb22
+def run_status(
+    folder:Path, # of a run
+)->dict: # run (its name), phase, state, and what run_progress, run_scores and run_error say
+    "All that a run's folder tells; what cannot be read of it stands under `error`."
+    row, wrong = dict(run=folder.name, phase='', state='damaged'), []
+    try:
+        run = Run(folder, read_json(folder/'options.json'))
+        row |= dict(phase=run.options.get('of', run.options['phase']))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e: return row | dict(error=f'options.json: {type(e).__name__}: {e}')
+    for look in (run_state, run_progress, run_scores, run_error):
+        try: row |= look(run)
+        except Exception as e: wrong.append(f'{look.__name__} found a damaged file: {type(e).__name__}: {e}') # of any library that reads a file
+    return row | (dict(error='; '.join([*wrong, *([row['error']] if 'error' in row else [])])) if wrong else {})
+
+def status()->pd.DataFrame: # a row a run, see run_status
+    "Every run in `runs_dir()`, baselines and parts among them."
+    folders = [f for f in sorted(runs_dir().iterdir()) if re.search(r'-s[0-9]+-[0-9a-f]{6}$', f.name) and f.is_dir()]
+    columns = ('run', 'phase', 'state', 'step', 'fraction', 'used', 'seconds', 'left', 'metric', 'day', 'last', 'best_day', 'best', 'error')
+    return pd.DataFrame([run_status(f) for f in folders], columns=columns)
+
+# %% ../nbs/32_study.ipynb #b633a38a
+def duration(
+    seconds:float,
+)->str: # '1 d 5 h', '3 h 12 min', '4 min 10 s'; '' for nan
+    "A duration in its two largest units."
+    if np.isnan(seconds): return ''
+    left, parts = round(seconds), []
+    for name, size in (('d', 86400), ('h', 3600), ('min', 60), ('s', 1)): parts, left = parts + [(left//size, name)], left % size
+    first = next((i for i, (n, _) in enumerate(parts) if n), 3)
+    return ' '.join(f'{n} {name}' for n, name in parts[first:first + 2])
+
+def describe_status(
+    table:pd.DataFrame, # from status
+)->str: # at most 120 columns, but for long names and errors
+    "The status of all runs in words: progress, scores, errors."
+    if table.empty: return f'no runs in {runs_dir()}'
+    t, share = table.set_index('run').rename_axis(None), lambda x: '' if pd.isna(x) else f'{100*x:.0f} %'
+    number = lambda x: '' if pd.isna(x) else f'{x:,.0f}'
+    progress = pd.DataFrame({'phase': t['phase'], 'state': t['state'], 'step': t['step'].map(number), 'share': t['fraction'].map(share), 'of its budget': t['used'].fillna(''),
+                             'trained': t['seconds'].astype(float).map(duration), 'left': t['left'].astype(float).map(duration)})
+    s = t[t['metric'].notna()]
+    scores = pd.DataFrame({'metric': s['metric'], 'last day': s['day'].map(number), 'value': s['last'].map('{:.2f}'.format), 'best day': s['best_day'].map(number), 'best value': s['best'].map('{:.2f}'.format)})
+    errors = [f'{name}: {e}' for name, e in t['error'].dropna().items()]
+    return '\n\n'.join([progress.to_string(), *([scores.to_string()] if len(s) else []), *(['Errors\n' + '\n'.join(errors)] if errors else [])])
+
+# %% ../nbs/32_study.ipynb #c6438065
+def show_status():
+    "The command line: python -m faic.study status"
+    argparse.ArgumentParser(prog='python -m faic.study status', description='Show every run in FAIC_RUNS: state, share of the budget, scores, errors.').parse_args(sys.argv[2:])
+    print(describe_status(status()))
+
 # %% ../nbs/32_study.ipynb #16958132
 def plan(models=MODELS)->list: # (notebook, parameters, weight in the study's bar)
     "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a part."
@@ -814,12 +923,22 @@ def run_notebook(
     environment = dict(FAIC_PROGRESS=str(mirror), PYTHONWARNINGS='ignore')
     os.environ.update(environment)
     mirror.unlink(missing_ok=True)
-    out = folder/('-'.join([name, *map(str, (parameters[k] for k in ('model', 'first_stage') if k in parameters))]) + '.ipynb')
+    out = executed(name, parameters, folder)
     try: papermill.execute_notebook(repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
                                      extra_arguments=['--IPKernelApp.log_level=CRITICAL']) # its warnings would run into the bars
     except papermill.PapermillExecutionError as e: raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
     finally:
         for k in environment: os.environ.pop(k, None)
+
+def executed(name:str, parameters:dict, folder:Path)->Path:
+    "Where run_notebook leaves an executed notebook."
+    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'first_stage') if k in parameters)]) + '.ipynb')
+
+def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
+    "The folder of a study's executed notebooks."
+    folder = runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}'
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 # %% ../nbs/32_study.ipynb #8959954e
 def run_study(
@@ -837,8 +956,7 @@ def run_study(
         over = threading.Event()
         drawing = threading.Thread(target=terminal.keep_drawing, args=(over,), daemon=True)
         drawing.start()
-        folder = runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}'
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = study_folder(preset, data, seed)
         try:
             for name, parameters, weight in steps:
                 terminal.start(' '.join([name, *parameters.values()]), weight)
@@ -864,7 +982,8 @@ def results_folder(
 # %% ../nbs/32_study.ipynb #3c81ffbb
 def main():
     "The command line: python -m faic.study [--preset smoke] [--data embedded] [--models pix2pix,coltran,bbdm] [--seed 0] [--budget '']"
-    a = argparse.ArgumentParser(prog='python -m faic.study', description='Run the whole study and write its tables and figures.')
+    a = argparse.ArgumentParser(prog='python -m faic.study', description='Run the whole study and write its tables and figures.',
+                                epilog='python -m faic.study status shows how far every run is.')
     a.add_argument('--preset', default='smoke', choices=list(PRESETS))
     a.add_argument('--data', default='embedded', help="'embedded' or a folder of photographs")
     a.add_argument('--models', default=','.join(MODELS), help='comma list')
@@ -880,4 +999,4 @@ def main():
     for f in sorted(folder.glob('*')): print(' ', f.name)
 
 # %% ../nbs/32_study.ipynb #3761ea29
-if __name__ == '__main__' and sys.argv[0].endswith('study.py'): main() # started by `python -m faic.study`, not in a notebook
+if __name__ == '__main__' and sys.argv[0].endswith('study.py'): (show_status if sys.argv[1:2] == ['status'] else main)() # started by `python -m faic.study`, not in a notebook

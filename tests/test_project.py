@@ -81,7 +81,7 @@ def test_a_notebook_imports_only_from_smaller_numbers():
 def test_package_needs_neither_nbdev_nor_papermill():
     """Models, loop and metrics run where only torch, ignite and the scientific stack are installed."""
     modules = ", ".join(f"faic.{m}" for m in MODULES)
-    blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel torchvision".split()
+    blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel torchvision submitit psutil".split()
     code = f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport {modules}"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     plain = lambda spec: re.split(r"[<>=!~\[]", spec)[0].lower().replace("_", "-")
-    named = {plain(s) for key in ("requirements", "dev_requirements") for s in shlex.split(config["DEFAULT"][key])}
+    named = {plain(s) for key in ("requirements", "dev_requirements", "cluster_requirements") for s in shlex.split(config["DEFAULT"][key])}
     pinned = {plain(l) for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
 
