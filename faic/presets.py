@@ -317,7 +317,7 @@ def first_stage(
 
 # %% ../nbs/31_presets.ipynb #6f091763
 PARAMETERS = dict(
-    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), variants=text, budget=budget_or_empty,
+    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), seeds=whole(1), variants=text, budget=budget_or_empty,
     device=text, batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
     latent=one_of(*LATENTS), first_stage=text, sample_steps=sample_steps, eta=at_least(0),
     photo=text, run=text, out=text, frame=one_of('whole', 'square'), images=whole(1),
