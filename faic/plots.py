@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'MODEL_PARTS', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'KINDS',
-           'INTERVALS', 'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES', 'WORK_COLUMN',
-           'SUMMED', 'TIME_LINES', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_kind', 'model_name',
-           'Evidence', 'read_evidence', 'main_rows', 'judge_label', 'footer', 'interval_note', 'averaging_note',
+           'INTERVALS', 'SEEDS_INTERVAL', 'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES',
+           'WORK_COLUMN', 'SUMMED', 'TIME_LINES', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_kind',
+           'model_name', 'Evidence', 'read_evidence', 'main_rows', 'scored_with', 'judge_label', 'own_words',
+           'refuse_different', 't_interval', 'over_seeds', 'seed_days', 'main_days', 'name_seeds', 'seeds_text',
+           'refuse_mixed', 'footer', 'interval_note', 'averaging_note', 'one_seed', 'seed_notes', 'fewer_seeds',
            'bias_note', 'collapses', 'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table', 'entry_rows',
-           'value_text', 'score_view', 'baseline_rows', 'winner_of', 'variants_table', 'all_models', 'further_models',
-           'common_day', 'reconstruction_rows', 'phase2_table', 'training_rows', 'clock', 'training_table',
-           'stage_times', 'times_table', 'style', 'add_footer', 'save_figure', 'diagram', 'box', 'picture', 'arrow',
-           'box_column', 'sample_grid', 'day_curves', 'sample_file', 'read_samples', 'credits', 'not_run_figure',
-           'paper_figure', 'upsampler_rows', 'figure11', 'figure7', 'steps_runs', 'steps_table', 'figure_steps',
-           'verdict', 'conclude', 'against_gray', 'hypothesis_sentences', 'model_seconds']
+           'seed_rows', 'value_text', 'score_view', 'lowest_fid', 'baseline_rows', 'winner_of', 'sampled_alike',
+           'seeds_compared', 'variants_table', 'all_models', 'further_models', 'common_day', 'reconstruction_rows',
+           'phase2_table', 'training_rows', 'clock', 'training_table', 'stage_times', 'times_table', 'style',
+           'add_footer', 'save_figure', 'diagram', 'box', 'picture', 'arrow', 'box_column', 'sample_grid', 'day_curves',
+           'sample_file', 'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11',
+           'figure7', 'steps_runs', 'steps_table', 'figure_steps', 'verdict', 'conclude', 'against_gray',
+           'hypothesis_sentences', 'model_seconds']
 
 # %% ../nbs/04_plots.ipynb #87efc86f
 import re, textwrap
@@ -27,8 +30,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Line
+from scipy import stats
 
-from .core import Run, pick_device, provenance, read_json, read_runs, write_bytes
+from .core import Run, pick_device, provenance, read_runs, write_bytes
 from .metrics import METRICS, column
 
 # %% ../nbs/04_plots.ipynb #0523bd51
@@ -80,17 +84,28 @@ class Evidence:
     "The runs that a page of results is made of."
     preset:str
     data:str # name of the data
-    seed:int
-    runs:dict # (phase, model, variant) -> Run; model see model_kind; phase 2, inference and steps have variant None, a baseline its subject, a part its phase
+    seed:int # the first
+    runs:dict # (phase, model, variant) -> Run, of several seeds the first's; model see model_kind; phase 2, inference and steps have variant None, a baseline its subject, a part its phase
     left_out:list = field(default_factory=list) # (phase, model, sentence)
+    seeds:int = 1 # how many were asked for: seed, seed + 1, ...
+    repeats:dict = field(default_factory=dict) # (phase, model, variant) -> list of Run: the same with further seeds
 
     def find(self, phase:str, model:str, variant:str=None): # Run, or None when it was not run
         "The run that stands in this place."
         return self.runs.get((phase, model, variant))
 
+    def every(self, phase:str, model:str, variant:str=None)->list: # of Run, one a seed; empty when it was not run
+        "The runs of all seeds that stand in this place."
+        place = phase, model, variant
+        return [self.runs[place], *self.repeats.get(place, [])] if place in self.runs else []
+
+    def all_runs(self)->list: # of Run
+        "Every run on the page."
+        return [run for place in self.runs for run in self.every(*place)]
+
     def newest(self): # Run, or None
         "The run that was made last."
-        return max(self.runs.values(), key=_made, default=None)
+        return max(self.all_runs(), key=_made, default=None)
 
 def _made(run): return run.options['made']['time']
 
@@ -108,35 +123,41 @@ def _other_budget(run, budgets):
     o = run.options
     return 'budget' in o and o['budget'] != budgets.get(o['phase'], o['budget'])
 
-def _unused(run, evidence): # is this a part, and do the runs on the page name another one?
+def _unused(run, runs): # is this a part, and do the runs of its seed name another one?
     o = run.options
-    named = {r.options['made'].get('parts', {}).get(o['model']) for (phase, *_), r in evidence.runs.items() if phase == o.get('of')} - {None}
+    named = {r.options['made'].get('parts', {}).get(o['model']) for r in runs if (r.options['phase'], r.options['seed']) == (o.get('of'), o['seed'])} - {None}
     return bool(named) and run.path.name[-6:] not in named
 
-def _said(evidence, key): return sorted({r.options['made'][key] for r in evidence.runs.values() if r.options['made'].get(key)})
+def _repeated(run): # is this trained with every seed? A baseline, a given model and a timing are not
+    return run.options['phase'] in ('phase1', 'phase2', 'part') and run.options['model'] != 'baseline' and run.options.get('variant') != 'pretrained'
+
+def _said(evidence, key): return sorted({r.options['made'][key] for r in evidence.all_runs() if r.options['made'].get(key)})
 
 # %% ../nbs/04_plots.ipynb #028f7404
 def read_evidence(
     preset:str,
     data:str, # name of the data, e.g. 'embedded'
-    seed:int, # of the runs; baselines have none
+    seed:int, # of the runs, the first of several; baselines have none
     budgets:dict={}, # phase -> budget that its runs must have; a phase that is not named takes any
+    seeds:int=1, # how many: seed, seed + 1, ...
 )->Evidence:
-    "Choose the runs of one preset, data set, seed and budget."
-    fits = lambda r: _data(r).get('name') == data and (r.options['seed'] == seed or r.options['model'] == 'baseline')
-    found = sorted(filter(fits, read_runs(preset=preset)), key=_made, reverse=True)
-    evidence = Evidence(preset, data, seed, {})
-    wanted = _data(found[0])['fingerprint'] if found else None
+    "Choose the runs of one preset, data set and budget, with one seed or several."
+    wanted_seed = lambda r: r.options['model'] == 'baseline' or r.options['seed'] in range(seed, seed + (seeds if _repeated(r) else 1))
+    found = [r for r in read_runs(preset=preset) if _data(r).get('name') == data and wanted_seed(r)]
+    found.sort(key=_made, reverse=True)
+    wanted, taken, left_out = _data(found[0])['fingerprint'] if found else None, {}, []
     for run in sorted(found, key=lambda r: r.options['phase'] == 'part'): # parts last: the other runs say which they use
         place, name = _place(run), run.path.name
+        at = place, run.options['seed']
         if _data(run)['fingerprint'] != wanted: why = f'other photographs: fingerprint {_data(run)["fingerprint"][:6]}, not {wanted[:6]}'
         elif _other_budget(run, budgets): why = f'budget {run.options["budget"]}, not {budgets[run.options["phase"]]}'
         elif run.metrics().empty: why = 'not evaluated yet'
-        elif _unused(run, evidence): why = 'the runs on this page use another'
-        elif place in evidence.runs: why = f'{evidence.runs[place].path.name} is newer'
-        else: evidence.runs[place] = run; continue
-        evidence.left_out.append((*place[:2], f'Left out: {name} ({why}).'))
-    return evidence
+        elif _unused(run, taken.values()): why = 'the runs on this page use another'
+        elif at in taken: why = f'{taken[at].path.name} is newer'
+        else: taken[at] = run; continue
+        left_out.append((*place[:2], f'Left out: {name} ({why}).'))
+    runs = {place: [taken[place, s] for s in sorted(s for p, s in taken if p == place)] for place, _ in taken}
+    return Evidence(preset, data, seed, {p: rs[0] for p, rs in runs.items()}, left_out, seeds, {p: rs[1:] for p, rs in runs.items() if rs[1:]})
 
 # %% ../nbs/04_plots.ipynb #4e7f5986
 def main_rows(run:Run)->pd.DataFrame: # a row a day, in order
@@ -146,30 +167,114 @@ def main_rows(run:Run)->pd.DataFrame: # a row a day, in order
     if 'lightness' in m and (m['lightness'] == 'model').any(): m = m[m['lightness'] == 'model']
     return m.drop_duplicates('day', keep='last').sort_values('day')
 
-def judge_label(evidence:Evidence)->str: # e.g. 'EfficientNet-Lite0'; '' when nothing was scored
+def scored_with(runs:list)->str: # e.g. 'EfficientNet-Lite0'; '' when nothing was scored
     "The feature network behind FID, KID and IS: the newest scored run's."
-    for run in sorted(evidence.runs.values(), key=_made, reverse=True):
+    for run in sorted(runs, key=_made, reverse=True):
         labels = [c[5:-1] for c in run.metrics() if re.fullmatch(r'FID \(.*\)', c)]
         if labels: return labels[0]
     return ''
 
+def judge_label(evidence:Evidence)->str: # see scored_with
+    "The feature network of a page."
+    return scored_with(evidence.all_runs())
+
+# %% ../nbs/04_plots.ipynb #5eed0002
+def own_words(name:str)->str: # 'upsamplers=own' of 'upsamplers=own:1a2b3c+4d5e6f'
+    "A sampling or a first stage without the digits of parts that were trained here: each seed has its own."
+    return re.sub(r'\b(own|plain):[0-9a-f]+(\+[0-9a-f]+)*', r'\1', name)
+
+def _comparable(run): # its options, flat, without the seed and what follows from it
+    o = {k: v for k, v in run.options.items() if k not in ('made', 'seed', 'continues')}
+    return pd.json_normalize(o | {'first_stage': own_words(o.get('first_stage', ''))}).drop(columns='data.name', errors='ignore').iloc[0].to_dict()
+
+def refuse_different(
+    runs:list, # of Run
+):
+    "Raise ValueError where runs that should be seeds of one setting differ in anything else."
+    for run in runs[1:]:
+        a, b = _comparable(runs[0]), _comparable(run)
+        differing = [f'{k} is {a.get(k)} and {b.get(k)}' for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+        if differing:
+            raise ValueError(f"{runs[0].path.name} and {run.path.name} differ in more than the seed: {'; '.join(differing)}. "
+                             'Train one of them with the options of the other, or show one seed at a time.')
+
+# %% ../nbs/04_plots.ipynb #5eed0003
+def t_interval(values)->tuple: # (mean, standard deviation, low, high); the last three are nan for a single value
+    "Mean, spread and the 95 % t-interval of the mean."
+    x = np.asarray(values, float)
+    mean, sd = x.mean(), x.std(ddof=1) if len(x) > 1 else np.nan
+    half = stats.t.ppf(.975, len(x) - 1)*sd/len(x)**.5 if len(x) > 1 else np.nan
+    return mean, sd, mean - half, mean + half
+
+# %% ../nbs/04_plots.ipynb #5eed0005
+def over_seeds(
+    rows:pd.DataFrame, # a row a seed; 'run' names its folder
+)->dict: # one row: of a metric mean, sd, low and high (the t-interval); of other numbers that differ mean, low and high (the range)
+    "What several seeds say together."
+    if 'sampling' in rows and rows['sampling'].map(own_words).nunique() > 1:
+        raise ValueError('the seeds were scored with different sampling (' + ', '.join(f'{r}: {s}' for r, s in zip(rows['run'], rows['sampling'])) + '); score them alike')
+    row = {}
+    for c in rows.drop(columns='seed', errors='ignore'):
+        stem, _, end = c.rpartition(' ')
+        if end in ('low', 'high') and _is_metric(stem): continue # of one run, over its images
+        if _is_metric(c): row |= zip((c, f'{c} sd', f'{c} low', f'{c} high'), t_interval(rows[c]))
+        elif rows[c].nunique() > 1 and pd.api.types.is_numeric_dtype(rows[c]): row |= {c: rows[c].mean(), f'{c} low': rows[c].min(), f'{c} high': rows[c].max()}
+        else: row[c] = own_words(rows[c].iloc[0]) if c == 'sampling' else rows[c].iloc[0]
+    return row | dict(seeds=len(rows), run=', '.join(rows['run']))
+
+def _is_metric(c): return c.partition(' (')[0] in METRICS and not c.endswith((' low', ' high'))
+
+# %% ../nbs/04_plots.ipynb #5eed0006
+def seed_days(runs:list)->pd.DataFrame: # a row a day, in order
+    "The main evaluations of one setting with several seeds, together."
+    refuse_different(runs)
+    every = pd.concat([main_rows(r).assign(run=r.path.name) for r in runs])
+    return pd.DataFrame([over_seeds(rows) for _, rows in every.groupby('day')])
+
+def main_days(evidence:Evidence, phase:str, model:str, variant:str=None)->pd.DataFrame: # a row a day; empty when it was not run
+    "The main evaluations that stand in a place: of its run, or over the seeds."
+    runs = evidence.every(phase, model, variant)
+    if not runs: return pd.DataFrame()
+    return seed_days(runs) if evidence.repeats else main_rows(runs[0])
+
+def name_seeds(seeds)->str: # 'seed 0', 'seeds 0, 1, 2'
+    "Seeds in words."
+    return f"seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+def seeds_text(evidence:Evidence)->str: # 'seed 0', 'seeds 0, 1, 2', 'seeds 0, 1 without 2'
+    "The seeds of a page, and which of them were not run."
+    asked, found = range(evidence.seed, evidence.seed + evidence.seeds), {r.options['seed'] for r in evidence.all_runs() if _repeated(r)}
+    there, missing = [s for s in asked if s in found], [s for s in asked if s not in found]
+    return name_seeds(there) + f" without {', '.join(map(str, missing))}"*bool(missing) if there else name_seeds(asked)
+
 # %% ../nbs/04_plots.ipynb #68fce28c
+def refuse_mixed(evidence:Evidence):
+    "Raise ValueError where runs of other presets or photographs have come together, or seeds that differ in more than the seed."
+    of = {}
+    for r in evidence.all_runs(): of.setdefault((r.options['preset'], *map(_data(r).get, ('fingerprint', 'side'))), r.path.name)
+    if len(of) > 1:
+        raise ValueError('one page cannot show runs of different presets or photographs: '
+                         + '; '.join(f'{name} has preset {p}, fingerprint {f}, side {s}' for (p, f, s), name in of.items()))
+    for place in evidence.repeats: refuse_different(evidence.every(*place))
+
 def footer(evidence:Evidence)->str:
-    "Preset, data, seed, commit, date and device behind a table or figure."
-    head = f'preset {evidence.preset}; data {evidence.data}'
+    "Preset, data, seeds, commit, date and device behind a table or figure; an error where there is no one answer."
+    refuse_mixed(evidence)
+    head, seeds = f'preset {evidence.preset}; data {evidence.data}', seeds_text(evidence)
     run = evidence.newest()
-    if run is None: return f'{head}; seed {evidence.seed}; no runs; commit of this checkout {provenance(pick_device("cpu"))["commit"]}'
-    counts = next((d for d in map(_data, evidence.runs.values()) if 'test' in d), {})
+    if run is None: return f'{head}; {seeds}; no runs; commit of this checkout {provenance(pick_device("cpu"))["commit"]}'
+    counts = next((d for d in map(_data, evidence.all_runs()) if 'test' in d), {})
     images = ', '.join(f'{counts[k]} {k}' for k in ('validation', 'test') if k in counts) + ' images, ' if counts else ''
-    each = lambda key: ', '.join(sorted({r.options['made'][key] for r in evidence.runs.values()}))
+    each = lambda key: ', '.join(sorted({r.options['made'][key] for r in evidence.all_runs()}))
     d = _data(run)
-    return (f"{head} ({images}{d['side']}x{d['side']}, fingerprint {d['fingerprint'][:6]}); seed {evidence.seed}; "
+    return (f"{head} ({images}{d['side']}x{d['side']}, fingerprint {d['fingerprint'][:6]}); {seeds}; "
             f"commit {each('commit')}; newest run {_made(run)[:10]}; {each('device')}")
 
 # %% ../nbs/04_plots.ipynb #ae7368c7
 _FID_INTERVAL = '95 %, grouped jackknife with 20 groups'
 INTERVALS = {'FID': _FID_INTERVAL, 'unpaired FID': _FID_INTERVAL, 'KID': '95 %, delete-one jackknife',
              'IS': 'plus and minus the standard deviation over 10 splits, from 500 images on'}
+SEEDS_INTERVAL = '95 % t-interval of the mean over the seeds'
 
 def interval_note(
     names=METRICS, # the metrics that are shown
@@ -183,8 +288,25 @@ def interval_note(
 def averaging_note(evidence:Evidence)->str:
     "What the numbers are means of."
     means, whole = (', '.join(n for n, m in METRICS.items() if m.network == network) for network in (False, True))
-    return (f'{means} are means over the images; {whole} are one number of the whole set. '
-            f'One training run each (seed {evidence.seed}): the intervals say nothing about other seeds.')
+    seeds = '' if evidence.repeats else f' One training run each ({seeds_text(evidence)}): the intervals say nothing about other seeds.'
+    return f'{means} are means over the images; {whole} are one number of the whole set.{seeds}'
+
+def one_seed(evidence:Evidence, phase:str, what:str)->list: # a sentence, or none where the page has one seed
+    "Says that something is of one seed though the page has several."
+    seeds = sorted({r.options['seed'] for (p, *_), r in evidence.runs.items() if p == phase and r.options['model'] != 'baseline'})
+    return [f'{what} are of one training run each, not of all seeds ({name_seeds(seeds)}).'] if evidence.repeats and seeds else []
+
+def seed_notes(evidence:Evidence, phase:str, models)->list: # of sentences; empty where there is one seed
+    "What the spread over the seeds is, and which entries have fewer seeds than others."
+    if not evidence.repeats: return []
+    return [f'Training runs with {seeds_text(evidence)}: the mean, ± the standard deviation over the seeds; of steps, epochs and times the mean and, in brackets, the range.',
+            f'What decides is the {SEEDS_INTERVAL} (low and high in the CSV); it says nothing about other photographs.', *fewer_seeds(evidence, phase, models)]
+
+def fewer_seeds(evidence:Evidence, phase:str, models)->list: # a sentence, or none
+    "Which entries have fewer seeds than others."
+    every = {place: [r.options['seed'] for r in evidence.every(*place)] for place, run in evidence.runs.items() if _repeated(run)}
+    short = [f"{model_name(m)}{f', {v}'*bool(v)} ({name_seeds(s)})" for (p, m, v), s in every.items() if p == phase and m in models and len(s) < max(map(len, every.values()))]
+    return [f"Fewer seeds than others: {', '.join(short)}."] if short else []
 
 # %% ../nbs/04_plots.ipynb #6054ce14
 def bias_note(frame:pd.DataFrame)->str: # of a score table
@@ -196,9 +318,10 @@ def bias_note(frame:pd.DataFrame)->str: # of a score table
 
 def collapses(evidence:Evidence)->list: # of (phase, model, sentence)
     "The runs in which the discriminator won, with the step."
-    won = [(place, e) for place, run in evidence.runs.items() for e in run.events() if e.get('event') == 'discriminator won']
-    return [(phase, model, f"{model_name(model)}, {variant or evidence.runs[phase, model, variant].options['variant']}, {phase}: the discriminator won: the mean of its loss was near 0 "
-             f"since step {e['began']}, at least until step {e['step']}. Read the numbers together with the pictures.") for (phase, model, variant), e in won]
+    won = [(*place[:2], run.options, e) for place in evidence.runs for run in evidence.every(*place) for e in run.events() if e.get('event') == 'discriminator won']
+    seed = lambda o: f", seed {o['seed']}"*bool(evidence.repeats)
+    return [(phase, model, f"{model_name(model)}, {o['variant']}{seed(o)}, {phase}: the discriminator won: the mean of its loss was near 0 "
+             f"since step {e['began']}, at least until step {e['step']}. Read the numbers together with the pictures.") for phase, model, o, e in won]
 
 def run_notes(evidence:Evidence, phase:str, model:str)->list: # of sentences
     "What must be said beside a model's results: a discriminator that won, runs left out."
@@ -251,10 +374,10 @@ def latex(table:Table)->str:
     return '\n'.join([*head, *tabular, '}', *notes, r'\end{table}', ''])
 
 def _tex_lines(name, cells):
-    "A line of the view; the intervals go to a second, smaller line under the values."
-    split = [str(c).partition(' [') for c in cells]
+    "A line of the view; intervals and spreads go to a second, smaller line under the values."
+    split = [re.split(r' (?=[[±])', str(c), maxsplit=1) for c in cells]
     yield ' & '.join(tex(c) for c in (name, *(value for value, *_ in split))) + r' \\'
-    if any(bracket for _, bracket, _ in split): yield ' & '.join(['', *(r'\scriptsize ' + tex(b.strip() + rest) for _, b, rest in split)]) + r' \\[2pt]'
+    if any(rest for _, *rest in split): yield ' & '.join(['', *(r'\scriptsize ' + tex(''.join(rest)) for _, *rest in split)]) + r' \\[2pt]'
 
 # %% ../nbs/04_plots.ipynb #d5270c64
 def save_table(
@@ -295,22 +418,40 @@ def _how(row, main): # what is special about an evaluation
     differing = {k: [p for p in row[k].split(', ') if p not in main[k].split(', ')] for k in ('sampling', 'lightness') if isinstance(row.get(k), str)}
     return ', '.join(f'{k} {" ".join(parts)}' for k, parts in differing.items() if parts) or 'again'
 
+# %% ../nbs/04_plots.ipynb #5eed0008
+def seed_rows(
+    name:str, # what the entry is called
+    evidence:Evidence,
+    place:tuple, # (phase, model, variant), see Evidence
+    paper:float=np.nan, # the paper's FID
+    day:int=None, # which evaluation; default: the last
+)->list: # of dicts, for the rows of a score table
+    "What stands in a place as rows of a table: a run, or the mean of several seeds and then each of them."
+    runs = evidence.every(*place)
+    if not evidence.repeats or not runs: return entry_rows(name, evidence.find(*place), paper, day)
+    each = pd.DataFrame([dict(r, entry=own_words(r['entry']), seed=run.options['seed']) for run in runs for r in entry_rows(name, run, paper, day)])
+    entries = each.drop_duplicates(['entry', 'seed'], keep='last').groupby('entry', sort=False)
+    single = lambda r: r | dict(entry=f"{r['entry']}, seed {r['seed']}", status='seed')
+    return [row for _, rows in entries for row in (over_seeds(rows), *map(single, rows.to_dict('records')))]
+
 # %% ../nbs/04_plots.ipynb #afa7e367
 def value_text(
     row, # Series or dict with the column, and ' low' and ' high'
     name:str, # column
     spec:str='.4g', # format
-)->str: # '85.1 [80.2, 90.3]', '85.1' without an interval, 'not run', or 'n/a' for what has no meaning here
-    "A number and its interval, as text."
+)->str: # '85.1 [80.2, 90.3]', '85.1' without an interval, '85.1 ± 2.3 (3 seeds)', 'not run', or 'n/a' for what has no meaning here
+    "A number and its interval or its spread, as text."
     if row.get('status') == 'not run': return 'not run'
     value, low, high = (row.get(f'{name}{end}', np.nan) for end in ('', ' low', ' high'))
     if pd.isna(value): return 'n/a'
+    if f'{name} sd' in row and pd.notna(n := row.get('seeds', np.nan)):
+        return format(value, spec) + (f' ± {row[f"{name} sd"]:{spec}}' if n > 1 else '') + f" ({n:.0f} seed{'s'*(n > 1)})"
     return format(value, spec) + ('' if pd.isna(low) else f' [{low:{spec}}, {high:{spec}}]')
 
 # %% ../nbs/04_plots.ipynb #df0935c1
 def score_view(frame:pd.DataFrame, label:str)->pd.DataFrame: # strings, an entry a column
     "The rows of a score table as people read them."
-    rows, second = _with_second_lines(frame)
+    rows, second = _with_second_lines(frame[frame['status'] != 'seed'])
     lines = {}
     if frame[PAPER_COLUMN].notna().any(): lines[PAPER_COLUMN] = ['n/a' if pd.isna(r[PAPER_COLUMN]) else f'{r[PAPER_COLUMN]:.2f}' for r in rows]
     for name, meaning in METRICS.items():
@@ -339,6 +480,26 @@ WORK_LINES = (('n', 'images scored', ',.0f'), ('day', 'day', '.0f'), ('step', 's
 
 def _word(row, c): return 'not run' if row['status'] == 'not run' else row[c] if isinstance(row[c], str) and row[c] else 'n/a'
 
+# %% ../nbs/04_plots.ipynb #5eed0009
+def lowest_fid(
+    runs:list, # of Run, of phase 1 and one model: one a variant and seed, alike in everything else
+    label:str, # of the judge
+): # dict: variant, metric, value, low, high, decided (None: there are no intervals), interval (its method), compared and seeds (by variant); None when there are no two variants
+    "Phase 1's choice: the variant with the lowest FID, of several seeds the lowest mean."
+    name, of = column('FID', label), {}
+    for r in sorted(runs, key=lambda r: r.options['seed']):
+        if name in r.metrics(): of.setdefault(r.options['variant'], []).append(r)
+    if len(of) < 2: return None
+    several = any(len(rs) > 1 for rs in of.values())
+    scores = {v: (seed_days(rs) if several else main_rows(rs[0])).iloc[-1] for v, rs in of.items()}
+    first, *others = sorted(scores, key=lambda v: scores[v][name])
+    best, ends = scores[first], [scores[first][f'{name} high'], *(scores[v][f'{name} low'] for v in others)]
+    decided = None if np.isnan(ends).any() else bool(ends[0] < min(ends[1:]))
+    number = lambda x: None if np.isnan(x) else float(x)
+    return dict(variant=first, metric=name, value=float(best[name]), low=number(best[f'{name} low']), high=number(best[f'{name} high']), decided=decided,
+                interval=SEEDS_INTERVAL if several else INTERVALS['FID'], compared={v: float(scores[v][name]) for v in (first, *others)},
+                seeds={v: [r.options['seed'] for r in of[v]] for v in (first, *others)})
+
 # %% ../nbs/04_plots.ipynb #ce7df2e0
 BASELINES = {'gray': 'gray image', 'real': 'real photographs'}
 
@@ -346,10 +507,21 @@ def baseline_rows(evidence:Evidence, phase:str)->list:
     "The rows of the two baselines of a phase."
     return [r for subject, name in BASELINES.items() for r in entry_rows(name, evidence.find(phase, 'baseline', subject))]
 
-def winner_of(evidence:Evidence, model:str): # dict of winner.json, or None
-    "The latest choice of phase 1 among the runs on this page."
-    files = [r.path/'winner.json' for (p, m, _), r in evidence.runs.items() if (p, m) == ('phase1', model)]
-    return max((read_json(f) for f in files if f.exists()), key=lambda w: w['time'], default=None)
+def winner_of(evidence:Evidence, model:str): # dict, see lowest_fid; None also where the variants were not sampled alike
+    "Phase 1's choice among the runs on this page."
+    runs = [r for p, m, v in evidence.runs if (p, m) == ('phase1', model) for r in evidence.every(p, m, v)]
+    return lowest_fid(runs, judge_label(evidence)) if sampled_alike(runs) else None
+
+def sampled_alike(runs:list)->bool:
+    "Do the scores of these runs come from the same sampling, but for the parts that each seed has of its own?"
+    said = {(r.options['seed'], main_rows(r).iloc[-1].get('sampling', '')) for r in runs}
+    return len({own_words(s) for _, s in said}) < 2 and len(said) == len({seed for seed, _ in said})
+
+def seeds_compared(winner:dict)->str: # 'over the seeds 0, 1'; by variant where they differ
+    "Between which seeds phase 1 has chosen."
+    seeds = winner['seeds']
+    if len(alike := set(map(tuple, seeds.values()))) == 1: return f'over the {name_seeds(*alike)}'
+    return f"over the seeds ({'; '.join(f'{v}: ' + ', '.join(map(str, s)) for v, s in seeds.items())})"
 
 # %% ../nbs/04_plots.ipynb #b8752385
 def _score_table(title, rows, evidence, phase, models, notes=()):
@@ -359,12 +531,14 @@ def _score_table(title, rows, evidence, phase, models, notes=()):
     budgets = sorted({r['budget'] for r in rows if r.get('budget')})
     if len(budgets) > 1: notes = [f"The budgets differ ({', '.join(budgets)}): these entries must not be compared.", *notes]
     notes = [*notes, *_entry_notes(rows), *_part_notes(evidence, models)]
-    said = [*notes, *([interval_note(shown), averaging_note(evidence), bias_note(frame), real] if shown else [])]
+    brackets = interval_note(shown, 'In brackets, of the baselines' if evidence.repeats else 'In brackets')
+    said = [*notes, *([*seed_notes(evidence, phase, models), brackets, averaging_note(evidence), bias_note(frame), real] if shown else [])]
     said += [*(n for m in models for n in run_notes(evidence, phase, m)), *caution(evidence)]
     return Table(title, frame, score_view(frame, label), list(dict.fromkeys(filter(None, said))), footer(evidence))
 
 def _entry_notes(rows): # how the entries were sampled; whose lightness some of them have
     names = {}
+    rows = [r for r in rows if r['status'] != 'seed']
     for r in rows:
         if isinstance(r.get('sampling'), str) and not re.search(', (sampling|lightness) ', r['entry']): names.setdefault(r['sampling'], []).append(r['entry'])
     if names: yield f"Sampling: {'; '.join(s if len(names) == 1 else ', '.join(of) + ': ' + s for s, of in names.items())}."
@@ -385,16 +559,17 @@ def variants_table(
     p = PAPER_TABLES[paper_table]
     variants = dict.fromkeys([*p['FID'], *(v for ph, m, v in evidence.runs if (ph, m) == ('phase1', p['model']))])
     winner = winner_of(evidence, p['model'])
-    rows = [r for v in variants for r in entry_rows(v, evidence.find('phase1', p['model'], v), p['FID'].get(v, np.nan))]
+    rows = [r for v in variants for r in seed_rows(v, evidence, ('phase1', p['model'], v), p['FID'].get(v, np.nan))]
     if winner:
         for r in rows: r['chosen'] = ('winner' + ', undecided'*(not winner['decided']))*(r['entry'] == winner['variant'])
     notes = [f"The paper's FIDs are of {PAPER_IMAGES} other photographs at side 256 and of another network (pytorch-ignite's Inception-v3): "
              'compare the order, not the size.',
              f"The paper's winner: {min(p['FID'], key=p['FID'].get)}; {PAPER_WORK[p['model']][0]} fitted into its day."]
     if winner:
-        why = {True: '', False: '; its lead lies inside the intervals', None: '; there are too few images for intervals'}[winner['decided']]
+        few, over = ('seeds', f', mean {seeds_compared(winner)}') if evidence.repeats else ('images', '')
+        why = {True: '', False: '; its lead lies inside the intervals', None: f'; there are too few {few} for intervals'}[winner['decided']]
         inside = why + ', so this is a choice and not a finding'*bool(why)
-        notes.append(f"Our winner: {winner['variant']}, by {winner['metric']}{inside}.")
+        notes.append(f"Our winner: {winner['variant']}, by {winner['metric']}{over}{inside}.")
     title = f"{paper_table}. {p['name']}, phase 1: the variants on the validation images"
     return _score_table(title, rows + baseline_rows(evidence, 'phase1'), evidence, 'phase1', [p['model']], notes)
 
@@ -409,26 +584,27 @@ def further_models(evidence:Evidence)->list: # keys such as 'bbdm:f8', see model
     return sorted(keys, key=lambda m: [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', m)])
 
 def common_day(evidence:Evidence): # int, or None when phase 2 was not run
-    "The last day of phase 2 that every rival with runs has reached."
-    return min((_last_day(r) for (p, m, v), r in evidence.runs.items() if p == 'phase2' and m in all_models(evidence) and v is None), default=None)
+    "The last day of phase 2 that every rival with runs has reached, with every seed."
+    return min((_last_day(r) for m in all_models(evidence) for r in evidence.every('phase2', m)), default=None)
 
 def _last_day(run): return int(main_rows(run)['day'].max())
 
 # %% ../nbs/04_plots.ipynb #17580d66
 def reconstruction_rows(evidence:Evidence, phase:str)->list:
     "The rows of the first stages' own reconstructions, where they were trained."
-    stages = [(name, run) for parts in MODEL_PARTS.values() for part, name in parts.items() if (run := evidence.find('part', part, phase)) and 'codebook usage' in run.metrics()]
-    rows = [row for name, run in stages for row in entry_rows(f'{name}, reconstruction', run)]
-    return [{k: v for k, v in row.items() if k not in ('day', 'step', 'epochs', 'training_seconds', 'budget')} for row in rows] # its work has a table of its own
+    stages = [(name, part) for parts in MODEL_PARTS.values() for part, name in parts.items() if (run := evidence.find('part', part, phase)) and 'codebook usage' in run.metrics()]
+    rows = [row for name, part in stages for row in seed_rows(f'{name}, reconstruction', evidence, ('part', part, phase))]
+    work = re.compile('(day|step|epochs|training_seconds|budget)( low| high)?') # has a table of its own
+    return [{k: v for k, v in row.items() if not work.fullmatch(k)} for row in rows]
 
 def phase2_table(evidence:Evidence)->Table:
     "The test scores of all models and baselines on the last common day."
     models, day = all_models(evidence), common_day(evidence)
-    rows = [r for m in models for r in entry_rows(model_name(m), evidence.find('phase2', m), day=day)]
-    further = {m: run for m in further_models(evidence) if (run := evidence.find('phase2', m))}
-    rows += [r for m, run in further.items() for r in entry_rows(model_name(m), run, day=min(day, _last_day(run)) if day else None)]
+    rows = [r for m in models for r in seed_rows(model_name(m), evidence, ('phase2', m, None), day=day)]
+    further = {m: min(map(_last_day, runs)) for m in further_models(evidence) if (runs := evidence.every('phase2', m))}
+    rows += [r for m, last in further.items() for r in seed_rows(model_name(m), evidence, ('phase2', m, None), day=min(day or last, last))]
     rows += [r for m in models if (run := evidence.find('phase2', m, 'pretrained')) for r in entry_rows(f'{model_name(m)}, pre-trained', run)]
-    notes = [f"Day {day} is the last that {' and '.join(model_name(m) for m in models if evidence.find('phase2', m))} reached; one day's budget each day."] if day else []
+    notes = [f"Day {day} is the last that {' and '.join(model_name(m) for m in models if evidence.find('phase2', m))} reached{' with every seed'*bool(evidence.repeats)}; one day's budget each day."] if day else []
     if ceiling := reconstruction_rows(evidence, 'phase2'):
         notes.append("Reconstruction: the coloured photographs through the first stage and back; what is lost there, BBDM cannot bring back. Codes used: on these photographs.")
     title = 'Phase 2: the models on the test images' + (f' after day {day}' if day else '')
@@ -448,19 +624,23 @@ def _main_training(evidence, model, phase):
     variants = [v for p, m, v in evidence.runs if (p, m) == (phase, model) and v != 'pretrained']
     paper = list(next((t['FID'] for t in PAPER_TABLES.values() if t.get('model') == model), {}))
     variants.sort(key=lambda v: paper.index(v) if v in paper else len(paper))
-    for v in variants or [None]: yield _training_row(model, phase, evidence.find(phase, model, v), '')
+    for v in variants or [None]: yield _training_row(evidence, model, phase, v)
 
 def _part_training(evidence, model, phase):
-    for part in MODEL_PARTS.get(model, ()): yield _training_row(model, phase, evidence.find('part', part, phase), part)
+    for part in MODEL_PARTS.get(model, ()): yield _training_row(evidence, model, phase, part=part)
 
-def _training_row(model, phase, run, part):
+def _training_row(evidence, model, phase, variant=None, part=''):
+    runs = evidence.every('part', part, phase) if part else evidence.every(phase, model, variant)
     name, paper = f'{model_name(part or model)}, phase {phase[-1]}', PAPER_WORK.get(part or model, ('', ''))[PHASES.index(phase)]
     row = dict(entry=name, model=model, part=part, phase=phase, variant='', status='not run', **{WORK_COLUMN: paper})
-    if run is None: return row
-    o, variant = run.options, '' if part else run.options['variant']
+    if not runs: return row
+    o, variant = runs[0].options, '' if part else runs[0].options['variant']
+    row |= dict(entry=f'{name}: {variant}' if variant else name, variant=variant, status='run', budget=o.get('budget', ''))
+    return row | (over_seeds(pd.DataFrame(map(_work, runs))) if evidence.repeats else _work(runs[0]))
+
+def _work(run): # all that it was trained
     done = main_rows(run).iloc[-1].reindex(['step', 'training_seconds']).dropna().to_dict()
-    row |= dict(entry=f'{name}: {variant}' if variant else name, variant=variant, status='run', budget=o.get('budget', ''), run=run.path.name)
-    return row | done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run))
+    return done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run), run=run.path.name)
 
 # %% ../nbs/04_plots.ipynb #07db3d9f
 def clock(seconds:float)->str: # 'h:mm:ss'
@@ -473,20 +653,28 @@ def training_table(evidence:Evidence)->Table:
     "What training each model and each part got."
     rows = training_rows(evidence)
     frame = pd.DataFrame(rows)
-    frame = frame.reindex(columns=['entry', 'model', 'part', 'phase', 'variant', 'status', 'budget', 'step', 'epochs', 'training_seconds', WORK_COLUMN, 'run'])
+    work = [c for name in ('step', 'epochs', 'training_seconds') for c in (name, f'{name} low', f'{name} high') if c == name or c in frame]
+    frame = frame.reindex(columns=['entry', 'model', 'part', 'phase', 'variant', 'status', 'budget', *['seeds']*bool(evidence.repeats), *work, WORK_COLUMN, 'run'])
     lines = {'budget': [_word(r, 'budget') for r in rows]}
+    if evidence.repeats: lines['seeds'] = [value_text(r, 'seeds', '.0f') for r in rows]
     lines |= {title: [value_text(r, c, spec) for r in rows] for c, title, spec in WORK_LINES if c in ('step', 'epochs')}
-    lines['time, h:mm:ss'] = ['not run' if r['status'] == 'not run' else clock(s) if pd.notna(s := r.get('training_seconds', np.nan)) else 'n/a' for r in rows]
+    lines['time, h:mm:ss'] = [_time_text(r) for r in rows]
     lines[WORK_COLUMN] = [r[WORK_COLUMN] or 'n/a' for r in rows]
     parts = {m: ps for m, ps in MODEL_PARTS.items() if any(r['part'] in ps and r['status'] == 'run' for r in rows)}
     notes = [_share_note(m, rows) for m in parts] + ['A part goes on from phase 1 in phase 2; its line of phase 2 counts what came on top.']*bool(parts)
+    if evidence.repeats: notes.append(f'Training runs with {seeds_text(evidence)}: the mean a seed and, in brackets, the range over the seeds.')
     notes += [n for ps in MODEL_PARTS.values() for part in ps for n in run_notes(evidence, 'part', part)] + caution(evidence)
     view = pd.DataFrame(lines, index=frame['entry'])
     return Table('Training done: models, and apart from them their parts', frame, view, notes, footer(evidence))
 
+def _time_text(row): # '0:01:59', with the range of several seeds
+    if row['status'] == 'not run' or pd.isna(row.get('training_seconds', np.nan)): return value_text(row, 'training_seconds')
+    return clock(row['training_seconds']) + (f" [{clock(row['training_seconds low'])}, {clock(row['training_seconds high'])}]" if 'training_seconds low' in row else '')
+
 def _share_note(model, rows):
     main, parts = (np.nansum([r.get('training_seconds', 0.) for r in rows if r['model'] == model and bool(r['part']) == part]) for part in (False, True))
-    return f'{model_name(model)}: {clock(main)} of training in its variants and days, and {clock(parts)} beside that in its parts.'
+    each = ' for each seed'*any('seeds' in r for r in rows)
+    return f'{model_name(model)}: {clock(main)} of training{each} in its variants and days, and {clock(parts)} beside that in its parts.'
 
 # %% ../nbs/04_plots.ipynb #9ea96d06
 def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's stages first
@@ -537,7 +725,7 @@ def times_table(evidence:Evidence)->Table:
     for c, title, spec in TIME_LINES:
         if c in run: lines[title] = [value_text(r, c, spec) for r in rows]
     notes = ["Medians over repetitions, in float32, at the fastest of the batch sizes that were timed. The paper's is an average, at a side of 256.",
-             'The gray baseline runs no network and has no column.', *_step_notes(run),
+             'The gray baseline runs no network and has no column.', *_step_notes(run), *one_seed(evidence, 'inference', 'The times'),
              *(s for m in all_models(evidence) for s in run_notes(evidence, 'inference', m)), *caution(evidence)]
     view = pd.DataFrame(lines, index=frame['entry']).T
     return Table(f"Table IV. Time to colorize {p['images']} images, {_how_timed(run, p['images'])}", frame, view, notes, footer(evidence))
@@ -785,7 +973,7 @@ def paper_figure(
 ):# -> matplotlib Figure
     "Samples of a model beside gray and ground truth, with each version's FID."
     phase, model = PAPER_FIGURES[number]
-    said = [*run_notes(evidence, phase, model), *caution(evidence), footer(evidence)]
+    said = [*one_seed(evidence, phase, 'Pictures and their FIDs'), *run_notes(evidence, phase, model), *caution(evidence), footer(evidence)]
     run = evidence.find('phase2', model)
     trained = f' ({run.options["variant"]})' if run else ''
     what = 'phase 1: the variants, validation images' if phase == 'phase1' else f'phase 2{trained}: days 1 to {days}, test images'
@@ -827,7 +1015,7 @@ def figure11(evidence:Evidence):# -> matplotlib Figure
     run, trained, label = evidence.find('phase2', 'coltran'), evidence.find('phase2', 'coltran', 'pretrained'), judge_label(evidence)
     rows = upsampler_rows(run) if run else dict.fromkeys(UPSAMPLERS)
     notes = [f'Not run: ColTran with {name} (phase 2 with the parameter upsamplers).' for word, name in UPSAMPLERS.items() if rows[word] is None]
-    said = [*notes, *run_notes(evidence, 'phase2', 'coltran'), *caution(evidence), footer(evidence)]
+    said = [*notes, *one_seed(evidence, 'phase2', 'Pictures and their FIDs'), *run_notes(evidence, 'phase2', 'coltran'), *caution(evidence), footer(evidence)]
     day = f', day {int(main_rows(run)["day"].max())}' if run else ''
     title = f'Figure 11. ColTran{day}: own and given upsamplers, test images'
     if len(notes) == len(UPSAMPLERS): return not_run_figure(title, said)
@@ -838,11 +1026,11 @@ def figure11(evidence:Evidence):# -> matplotlib Figure
 def figure7(evidence:Evidence):# -> matplotlib Figure
     "Four metrics over the days of phase 2, all models, with baselines and, where one was given, a trained model."
     label, models = judge_label(evidence), all_models(evidence)
-    curves = {model_name(m): main_rows(r) if (r := evidence.find('phase2', m)) else pd.DataFrame() for m in models}
+    curves = {model_name(m): _with_spread(main_days(evidence, 'phase2', m)) for m in models}
     last = lambda run: main_rows(run).iloc[-1].to_dict()
     baselines = {name: last(r) for subject, name in BASELINES.items() if (r := evidence.find('phase2', 'baseline', subject))}
     trained = {model_name(m): last(r) for m in models if (r := evidence.find('phase2', m, 'pretrained'))}
-    notes = [interval_note(['FID', 'PSNR', 'SSIM', 'IS'], 'Bands') if label else '']
+    notes = [interval_note(['FID', 'PSNR', 'SSIM', 'IS'], 'Bands') if label else ''] if not evidence.repeats else [*_seed_bands(evidence, models)]
     if BASELINES['real'] in baselines:
         notes.append(f'"{BASELINES["real"]}", dotted in the panel of IS: the IS of the test photographs themselves. '
                      'FID, PSNR and SSIM compare with them, so they have no line there.')
@@ -850,6 +1038,17 @@ def figure7(evidence:Evidence):# -> matplotlib Figure
     title, said = 'Figure 7. Phase 2: the test images over the days', [*notes, footer(evidence)]
     if all(t.empty for t in curves.values()): return not_run_figure(title, said)
     return day_curves(curves, label, baselines=baselines, trained=trained, title=title, footer=said)
+
+def _with_spread(days): # of several seeds: the band is the spread, not the interval of the mean
+    spread = {c: days[f'{c} sd'] for c in days if f'{c} sd' in days}
+    return days.assign(**{f'{c}{end}': days[c] + sign*sd for c, sd in spread.items() for end, sign in ((' low', -1), (' high', 1))})
+
+def _seed_bands(evidence, models): # notes
+    yield f'Lines: the mean over training runs with {seeds_text(evidence)}. Bands: plus and minus the standard deviation over the seeds.'
+    yield from fewer_seeds(evidence, 'phase2', models)
+    for m in models:
+        days = {r.options['seed']: _last_day(r) for r in evidence.every('phase2', m)}
+        if len(set(days.values())) > 1: yield f"{model_name(m)}: {', '.join(f'seed {s} has reached day {d}' for s, d in days.items())}; each point is of the seeds that were there."
 
 # %% ../nbs/04_plots.ipynb #9980d717
 def steps_runs(evidence:Evidence)->dict: # name of the model -> its run
@@ -869,7 +1068,7 @@ def steps_table(evidence:Evidence)->Table:
     frame = pd.DataFrame(rows).drop_duplicates('entry') # there is one gray image
     notes = [f"{name}: {run.options['weights']}, day {run.options['day']}, eta = {run.options['eta']:g}." for name, run in runs.items()]
     notes += [interval_note([n for n in METRICS if column(n, judge_label(evidence)) in frame]), bias_note(frame)] if runs else []
-    return Table(title, frame, score_view(frame, judge_label(evidence)), [*filter(None, notes), *run_notes(evidence, 'steps', 'bbdm'), *caution(evidence)], footer(evidence))
+    return Table(title, frame, score_view(frame, judge_label(evidence)), [*filter(None, notes), *one_seed(evidence, 'steps', 'These scores and times'), *run_notes(evidence, 'steps', 'bbdm'), *caution(evidence)], footer(evidence))
 
 # %% ../nbs/04_plots.ipynb #38381258
 def figure_steps(evidence:Evidence):# -> matplotlib Figure
@@ -953,8 +1152,9 @@ JUDGED = ('FID', 'KID', 'IS', 'PSNR', 'SSIM', 'chroma error')
 
 def hypothesis_sentences(evidence:Evidence)->list: # of sentences
     "The generated answer to the question of the study, part by part; the conclusion first."
+    refuse_mixed(evidence)
     label, day, models = judge_label(evidence), common_day(evidence), all_models(evidence)
-    rows = {model_name(m): main_rows(r).set_index('day').loc[day] for m in models if (r := evidence.find('phase2', m))}
+    rows = {model_name(m): main_days(evidence, 'phase2', m).set_index('day').loc[day] for m in models if evidence.find('phase2', m)}
     absent = lambda there: [model_name(m) for m in models if model_name(m) not in there]
     quality = []
     for name in JUDGED:
@@ -963,11 +1163,12 @@ def hypothesis_sentences(evidence:Evidence)->list: # of sentences
     times = model_seconds(evidence)
     speed = verdict('time, in seconds an image', times, spec='.4f', not_run=absent(times))
     whole = conclude(quality, speed, model_name(HYPOTHESIS['model']), absent(rows))
-    return [whole, *(v.sentence for v in (*quality, speed)), *_gray_sentences(evidence, rows, label)]
+    seeds = [f'Brackets of models are {SEEDS_INTERVAL} ({seeds_text(evidence)}), those of the gray image of its photographs.']*bool(evidence.repeats)
+    return [whole, *(v.sentence for v in (*quality, speed)), *_gray_sentences(evidence, rows, label), *seeds]
 
-def _score(row, name, label): # (value, low, high); the spread of IS over splits is no interval to decide by
+def _score(row, name, label): # (value, low, high); the spread of IS over splits is no interval to decide by, that over seeds is
     value, *ends = (float(row.get(column(name, label, end), np.nan)) for end in ('', 'low', 'high'))
-    return (value, *(ends if name != 'IS' else (np.nan, np.nan)))
+    return (value, *(ends if name != 'IS' or 'seeds' in row else (np.nan, np.nan)))
 
 def _gray_sentences(evidence, rows, label):
     run = evidence.find('phase2', 'baseline', 'gray')

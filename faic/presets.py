@@ -334,8 +334,9 @@ def first_stage(
 
 # %% ../nbs/31_presets.ipynb #6f091763
 PARAMETERS = dict(
-    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), variants=text, budget=budget_or_empty,
-    device=text, pieces=whole(1, 1024), workers=whole(1, 64), processes=whole(1, 64), watch=boolean, batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
+    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), seeds=whole(1), variants=text, budget=budget_or_empty,
+    device=text, pieces=whole(1, 1024), workers=whole(1, 64), processes=whole(1, 64), watch=boolean,
+    batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
     latent=one_of(*LATENTS), first_stage=text, sample_steps=sample_steps, eta=at_least(0),
     photo=text, run=text, out=text, frame=one_of('whole', 'square'), images=whole(1),
 )
