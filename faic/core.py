@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'written_whole', 'write_bytes', 'write_json', 'read_json',
-           'locked', 'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up',
-           'gathered', 'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text',
+           'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up', 'gathered',
+           'from_all', 'locked', 'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text',
            'comma_list', 'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command', 'driver', 'Run',
            'differences', 'open_run', 'read_runs', 'progress']
 
 # %% ../nbs/00_core.ipynb #ab97fff4
 import ast, fcntl, hashlib, json, os, platform, re, shlex, subprocess, sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -84,18 +84,6 @@ def read_json(path:Path):
     try: return json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path} is not valid JSON ({e}); delete it, or restore it from a copy') from e
 
-# %% ../nbs/00_core.ipynb #338b1c47
-@contextmanager
-def locked(
-    file:Path, # the lock, made where it is not there; it stays and means nothing by itself
-):
-    "One process at a time; the others wait here."
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 # %% ../nbs/00_core.ipynb #fb3b7152
 def short_hash(
     value, # anything JSON can hold
@@ -153,6 +141,24 @@ def gathered(rows:torch.Tensor)->torch.Tensor: # (n,...), another n in each proc
     counts = idist.all_gather(torch.tensor([len(rows)])).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     return torch.cat([piece[:n] for piece, n in zip(idist.all_gather(padded).split(max(counts)), counts)])
+
+def from_all(value)->list: # of each process's value
+    "What every process has to say: anything that can be pickled."
+    return idist.all_gather(value) if idist.get_world_size() > 1 else [value]
+
+# %% ../nbs/00_core.ipynb #338b1c47
+@contextmanager
+def locked(
+    file:Path, # the lock, made where it is not there; it stays and means nothing by itself
+):
+    "One process, or one group that shares a run, at a time; the others wait here."
+    with ExitStack() as held:
+        if is_first():
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(open(file, 'a')), fcntl.LOCK_EX)
+        idist.barrier()
+        yield
+        idist.barrier()
 
 # %% ../nbs/00_core.ipynb #baf2afd7
 def pick_device(
@@ -342,12 +348,12 @@ def open_run(
     o = options
     name = '-'.join(str(x) for x in (o['phase'], o['model'], o.get('variant'), o['preset'], f"s{o['seed']}", short_hash(o)) if x is not None)
     path = runs_dir()/name
-    if not (path/'options.json').exists(): write_json(path/'options.json', dict(options, made=provenance(device) | notes))
+    if is_first() and not (path/'options.json').exists(): write_json(path/'options.json', dict(options, made=provenance(device) | notes))
+    idist.barrier()
     stored = read_json(path/'options.json')
     if other := differences({k: v for k, v in stored.items() if k != 'made'}, o):
         raise ValueError(f'{path} holds other options than its name says; move the folder away. What differs:\n  ' + '\n  '.join(other))
     return Run(path, stored)
-
 
 # %% ../nbs/00_core.ipynb #7e8a087c
 def read_runs(

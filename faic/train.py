@@ -6,10 +6,10 @@
 __all__ = ['LOOK', 'PEEKS', 'half_then_linear', 'official_linear', 'make_optimizer', 'make_plateau', 'CollapseWatch',
            'TrainingStopped', 'claim', 'heard', 'Trainer', 'begin', 'check_room', 'learning_rate_factor',
            'batch_images', 'pieces_of', 'train_step', 'summed', 'update', 'add_gradients', 'update_averages', 'note',
-           'keep_error', 'errors_kept', 'look', 'kept_step', 'agree', 'ReadingFailed', 'readable', 'memory_sentence',
-           'day_batches', 'day_engine', 'train_day', 'train_until', 'Clock', 'stop', 'final', 'save_checkpoint',
-           'Hashed', 'try_to_save', 'room_needed', 'free_space', 'Damaged', 'read_checkpoint', 'newest_state',
-           'load_checkpoint', 'forget_later', 'continue_from', 'watch_day', 'load_weights', 'work_done']
+           'keep_error', 'errors_kept', 'look', 'kept_step', 'agree', 'ReadingFailed', 'readable', 'out_of_memory',
+           'memory_sentence', 'day_batches', 'day_engine', 'train_day', 'train_until', 'Clock', 'stop', 'final',
+           'save_checkpoint', 'Hashed', 'try_to_save', 'room_needed', 'free_space', 'Damaged', 'read_checkpoint',
+           'newest_state', 'load_checkpoint', 'forget_later', 'continue_from', 'watch_day', 'load_weights', 'work_done']
 
 # %% ../nbs/30_train.ipynb #7cd4f35d
 import ctypes, fcntl, hashlib, json, math, os, platform, shutil, signal, sys, threading, time
@@ -198,14 +198,15 @@ def begin(
     done = sum(t.day_weights(d).exists() for d in range(1, t.days + 1))
     if done == t.days: return
     if idist.get_world_size() > 1: t.control = torch.distributed.new_group(backend='gloo') # for what is said between steps
-    if is_first(): claim(t.run.path)
+    if is_first():
+        claim(t.run.path)
+        check_room(t, t.days - done)
     if t.checkpoint.exists() or t.previous.exists(): load_checkpoint(t)
     elif done:
         raise TrainingStopped(f'{t.run.path} has finished days but no {t.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
     else:
         if is_first(): (t.run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
         if continues: continue_from(t, continues)
-    if is_first(): check_room(t, t.days - done)
 
 def check_room(
     trainer:Trainer,
@@ -384,9 +385,12 @@ def readable(batches): # -> the same batches
     except Exception as e:
         raise ReadingFailed(f'the next photographs cannot be read ({type(e).__name__}: {e}); is their disk still there? The same command goes on from here') from e
 
-def memory_sentence(trainer:Trainer, error:Exception): # str, or None where the error is another
-    "What to do when there is not enough memory."
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and 'DefaultCPUAllocator' not in str(error): return None
+def out_of_memory(error:Exception)->bool:
+    "Was there not enough memory, on a GPU or a CPU?"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(error)
+
+def memory_sentence(trainer:Trainer, error:Exception)->str:
+    "What to do about that."
     size, pieces = trainer.options['batch_size'], trainer.pieces
     more = f'Start again with -p pieces {2*pieces}: each batch of {size} then goes through in {2*pieces} pieces, and the step stays the same.' if pieces < size else 'A batch has one image a piece already: a smaller preset, or a larger device, is needed.'
     return f'step {trainer.step + 1}: out of memory on {trainer.device}. {more} Last checkpoint: {kept_step(trainer)}. ({str(error).splitlines()[0]})'
@@ -404,7 +408,7 @@ def day_engine(trainer:Trainer)->Engine:
     def step(engine, batch):
         try: return train_step(trainer, batch)
         except Exception as e:
-            if said := memory_sentence(trainer, e): raise TrainingStopped(said) from e
+            if out_of_memory(e): raise TrainingStopped(memory_sentence(trainer, e)) from e
             raise
     return Engine(step)
 

@@ -1,0 +1,186 @@
+"""What days of training meet: full and read-only disks, too little memory, damaged and foreign checkpoints. Nothing that was finished is lost."""
+import contextlib
+import errno
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from faic.core import Budget, drawn, open_run, pick_device, read_json
+from faic.study import in_halves
+from faic.train import Trainer, TrainingStopped, train_day
+
+PHOTOGRAPHS = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+OPTIONS = dict(batch_size=4, optimizer="adam", lr=0.01, beta1=0.9, beta2=0.999, schedule="half", crop=8, flip=True, seed=0)
+
+
+class Wide:
+    """A trainee of 256 KiB, so that its checkpoints can fill a small disk; it learns the mean colour, with noise."""
+
+    gray_kind = "lab"
+
+    def __init__(self, at=None, do=None):
+        self.net, self.calls, self.at, self.do = nn.Linear(1, 2**16, bias=False), 0, at, do
+        nn.init.zeros_(self.net.weight)
+
+    def parts(self):
+        return {"net": self.net}
+
+    def losses(self, batch, generators):
+        self.calls += 1
+        if self.calls == self.at:
+            self.do()
+        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * drawn(torch.rand, (len(batch["index"]), 1), generators)
+        yield "net", (self.net(torch.ones(1, 1)) - target).square().mean()
+
+
+def trainer(folder, monkeypatch, trainee=None, **more):
+    """Two days of 50 steps, with a checkpoint at every look."""
+    monkeypatch.setenv("FAIC_RUNS", str(folder))
+    run = open_run(dict(phase="test", model="wide", preset="none", seed=0), pick_device("cpu"))
+    return Trainer(trainee or Wide(), run, PHOTOGRAPHS, np.arange(8), Budget(100, "steps"), OPTIONS, 2, save_minutes=0, **more)
+
+
+def train(trainer):
+    return [train_day(trainer, day) for day in (1, 2)]
+
+
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """The weights of both days of a run that nothing happens to."""
+    return [load_file(f) for f in train(trainer(tmp_path / "whole", monkeypatch))]
+
+
+def same(files, whole):
+    return all(torch.equal(load_file(f)[k], w[k]) for f, w in zip(files, whole, strict=True) for k in w)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size="6m"):
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk; run as root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """Leave no room on a disk; the file that takes it."""
+    path, block = folder / "filler", 2**20
+    with open(path, "wb", buffering=0) as f:
+        while block:
+            try:
+                f.write(bytes(block))
+            except OSError as e:
+                assert e.errno == errno.ENOSPC
+                block //= 2
+    return path
+
+
+def test_a_full_disk_costs_checkpoints_but_no_day(tmp_path, monkeypatch, whole, capsys):
+    """Full from step 60 on: training goes on without checkpoints, stops at the end of day 2, and ends with the same bits when there is room again."""
+    with small_disk(tmp_path / "disk") as disk:
+        filled = []
+        t = trainer(disk, monkeypatch, Wide(at=60, do=lambda: filled.append(fill(disk))))
+        with pytest.raises(TrainingStopped, match="No space left on device .* MB are free.*the same command then goes on from last.pt, step 50"):
+            train(t)
+        assert "no checkpoint, No space left on device" in capsys.readouterr().out and t.step == 100
+        assert t.day_weights(1).exists() and not t.day_weights(2).exists() and not list(t.run.path.glob(".*.part"))
+        with pytest.raises(TrainingStopped, match="needs .* GB for its checkpoints and days, and .* GB left; free some"):
+            trainer(disk, monkeypatch)
+        filled[0].unlink()
+        again = trainer(disk, monkeypatch)
+        assert again.step == 50 and same(train(again), whole)
+        assert not (again.run.path / "error.json").exists()
+
+
+def test_a_folder_that_became_read_only_keeps_its_days(tmp_path, monkeypatch, whole):
+    with small_disk(tmp_path / "disk") as disk:
+        remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True, capture_output=True)
+        t = trainer(disk, monkeypatch)
+        train_day(t, 1)
+        from faic.train import _CLAIMED
+
+        _CLAIMED.pop(t.run.path.resolve() / "lock").close()
+        remount("ro")
+        with pytest.raises(TrainingStopped, match=r"cannot be written \(Read-only file system\); make it writable, or name another place"):
+            trainer(disk, monkeypatch)
+        remount("rw")
+        assert same(train(trainer(disk, monkeypatch)), whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, monkeypatch, whole, capsys, damage):
+    t = trainer(tmp_path / "runs", monkeypatch, Wide(at=90, do=lambda: (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        train(t)
+    content = bytearray(t.checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"cut": lambda: t.checkpoint.write_bytes(content[:-100]), "flipped": lambda: t.checkpoint.write_bytes(content), "gone": t.checkpoint.unlink}[damage]()
+    again = trainer(tmp_path / "runs", monkeypatch)
+    assert again.step == 50 and "damaged or missing: going on from previous.pt, step 50" in capsys.readouterr().out
+    assert same(train(again), whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
+    t = trainer(tmp_path / "runs", monkeypatch)
+    train_day(t, 1)
+    other = Wide()
+    other.net = nn.Linear(1, 3)
+    with pytest.raises(TrainingStopped, match="of other networks than test-wide.*move .* away to train it again"):
+        trainer(tmp_path / "runs", monkeypatch, other)
+    assert t.day_weights(1).exists()
+
+
+def test_too_little_memory_is_met_by_pieces(tmp_path, monkeypatch, whole):
+    """Stopped by an allocator that has not enough, the run goes on in two pieces and keeps its days."""
+    t = trainer(tmp_path / "runs", monkeypatch, Wide(at=60, do=lambda: torch.empty(2**60, dtype=torch.uint8)))
+    with pytest.raises(TrainingStopped, match="step 60: out of memory on cpu. Start again with -p pieces 2.*Last checkpoint: last.pt, step 50"):
+        train(t)
+    assert read_json(t.run.path / "error.json")["error"] == "TrainingStopped"
+    first, second = train(trainer(tmp_path / "runs", monkeypatch, pieces=2))
+    assert same([first], whole[:1])
+    torch.testing.assert_close(load_file(second), whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_evaluation_that_does_not_fit_is_cut_in_halves():
+    sizes = []
+
+    def colorize(gray, generators):
+        sizes.append(len(gray))
+        if len(gray) > 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        return gray.expand(-1, 3, -1, -1) + torch.stack([torch.rand(1, 1, 1, generator=g) for g in generators])
+
+    gray, seeds = torch.rand(10, 1, 4, 4), lambda: [torch.Generator().manual_seed(i) for i in range(10)]
+    halves = in_halves(colorize, gray, seeds())
+    assert sizes == [10, 5, 2, 3, 5, 2, 3]
+    assert torch.equal(halves, torch.cat([colorize(gray[i : i + 1], [g]) for i, g in enumerate(seeds())]))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        in_halves(lambda gray, generators: torch.empty(2**60, dtype=torch.uint8), gray, seeds())
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_no_litter(tmp_path, monkeypatch, whole):
+    t = trainer(tmp_path / "runs", monkeypatch)
+    train_day(t, 1)
+    (t.run.path / ".next.pt.12345.part").write_bytes(b"half of a checkpoint")
+    again = trainer(tmp_path / "runs", monkeypatch)
+    assert not list(again.run.path.glob(".*.part")) and same(train(again), whole)
+
+
+def test_nothing_but_the_images_own_generators_is_drawn_from(tmp_path, monkeypatch):
+    """So there is no random state that a checkpoint would have to hold."""
+    import together
+
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for name in together.TRAINEES:
+        (tmp_path / name).mkdir()
+        together.train(name, torch.float32, 6, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
