@@ -50,10 +50,14 @@ def written_whole(
 ): # a binary file to write to
     "A file that gets its name when all of it is on disk: afterwards `path` holds the old bytes or the new ones, never half of them."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(part, 'wb') as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(part, 'wb')
+    except OSError as e:
+        raise OSError(e.errno, f'{path} cannot be written ({e.strerror}); make its folder writable, or name another one with FAIC_RUNS or FAIC_FIGURES') from e
+    try:
+        with f:
             yield f
             f.flush()
             os.fsync(f.fileno())
