@@ -233,7 +233,7 @@ def _room(
     what:str, # e.g. 'preparing photos'
 ): # OSError when the disk has no room for it, now or later
     free = shutil.disk_usage(folder).free
-    print(f'{what}: up to {_gigabytes(needed)} in {folder}, which has {_gigabytes(free)} free')
+    print(f'{what}: up to {_gigabytes(needed)} in {folder.name}, on a disk that has {_gigabytes(free)} free')
     ways = 'make room there and start the same again, or name another place for runs with FAIC_RUNS'
     if needed > free: raise OSError(f'{what} needs up to {_gigabytes(needed)}, and {folder} has {_gigabytes(free)} free: {ways}')
     try: yield
@@ -258,7 +258,10 @@ def wrong_rows(
 # %% ../nbs/02_data.ipynb #0a8abadd
 SAMPLED = 32 # rows whose checksums are compared whenever an array is opened
 
+def _mark_of(path): return path.with_name(path.name + '.damaged') # is there from when damage was found until it is repaired
+
 def _fault(path, count, row_bytes, sums): # what is wrong with the file of an array, or ''; sums may be those of its first rows only
+    if _mark_of(path).exists(): return 'it was found damaged before'
     size, rows = path.stat().st_size if path.exists() else 0, len(sums)
     if size != count*row_bytes: return f'{size:,} bytes instead of {count*row_bytes:,}'
     few = sorted(np.random.default_rng().choice(rows, min(rows, SAMPLED), replace=False).tolist())
@@ -384,20 +387,20 @@ def _compared(
 # %% ../nbs/02_data.ipynb #da16795c
 def _sound(folder, used, root, side):
     "Look at pixels.u8, all of it where something seems wrong, and repair it; ValueError where that cannot be done. root is None where the photographs are not known."
-    path, mark, row_bytes = folder/'pixels.u8', folder/'damaged', 3*side**2
+    path, row_bytes = folder/'pixels.u8', 3*side**2
     sums = [bytes.fromhex(h) for h in used['sha256']]
-    fault = 'a repair was not finished' if mark.exists() else _fault(path, len(sums), row_bytes, sums)
+    fault = _fault(path, len(sums), row_bytes, sums)
     if not fault: return
-    print(f'{path} is damaged ({fault}): looking at all of it')
+    print(f'{folder.name}/{path.name} is damaged ({fault}): looking at all of it')
     with _locked(folder):
-        mark.touch()
+        _mark_of(path).touch()
         path.touch()
         if path.stat().st_size > len(sums)*row_bytes:
             raise ValueError(f'{path} has more rows than {folder/"manifest.csv"} lists ({len(sums)}), which must be damaged: restore it from a copy, or move {folder} away to prepare the photographs anew')
         wrong = wrong_rows(path, sums, row_bytes, range(len(sums)))
         with _room(folder, len(sums)*row_bytes - path.stat().st_size, f'repairing {path.name}'): _repair(path, wrong, used, root, side)
-        mark.unlink()
-    print(f'{path} is whole again: photographs decoded again: {len(wrong)}')
+        _mark_of(path).unlink()
+    print(f'{folder.name}/{path.name} is whole again; photographs that were decoded again: {len(wrong)}')
 
 def _repair(path, wrong, used, root, side): # in the order of the rows: what lies before the row that is written is right
     files, hashes = list(used['file']), list(used['sha256'])
@@ -507,6 +510,7 @@ def _make_rows(path, count, row_bytes, make, what):
             f.flush()
         for file in (f, s): os.fsync(file.fileno())
     os.replace(partial, path)
+    _mark_of(path).unlink(missing_ok=True)
 
 # %% ../nbs/02_data.ipynb #8a69e4cb
 def kept_array(
@@ -519,7 +523,7 @@ def kept_array(
     "An array that is made once and kept in a file; where that is damaged it is made again, which is said."
     path, count, row_bytes = Path(path), shape[0], math.prod(shape[1:])*np.dtype(dtype).itemsize
     fault = path.exists() and _fault(path, count, row_bytes, _read_sums(path))
-    if fault: print(f'{path} is damaged ({fault}): making it again from the first wrong row on')
+    if fault: print(f'{path.parent.name}/{path.name} is damaged ({fault}): making it again from the first wrong row on')
     if fault or not path.exists():
         with _locked(path.parent):
             if fault or not path.exists(): _make_rows(path, count, row_bytes, make, what) # another process may have been quicker
@@ -543,11 +547,14 @@ def enlarged(
 
 # %% ../nbs/02_data.ipynb #dcb5f20e
 def verify(photos:Photos)->dict: # file -> its wrong rows, a list; of pixels.u8 and of every array that was made of it and has checksums
-    "Look at every row of the arrays of a data set; what is damaged is repaired by the next run that opens it."
+    "Look at every row of the arrays of a data set; what is damaged is marked, and repaired when it is opened the next time."
     used = photos.manifest[photos.manifest['status'] == 'used']
     sums = {photos.folder/'pixels.u8': [bytes.fromhex(h) for h in used['sha256']]} if isinstance(photos.array, np.memmap) else {}
-    sums |= {path: _read_sums(path) for s in sorted(photos.folder.glob('*.sums')) if (path := s.with_suffix('')).exists()}
-    return {path.name: wrong_rows(path, rows, path.stat().st_size//len(rows), range(len(rows))) for path, rows in sums.items()}
+    sums |= {path: _read_sums(path) for s in sorted(photos.folder.glob('*.sums')) if s.stat().st_size and (path := s.with_suffix('')).exists()}
+    wrong = {path: wrong_rows(path, rows, path.stat().st_size//len(rows), range(len(rows))) for path, rows in sums.items()}
+    for path, rows in wrong.items():
+        if rows: _mark_of(path).touch()
+    return {path.name: rows for path, rows in wrong.items()}
 
 # %% ../nbs/02_data.ipynb #52c8a552
 class Batch(Mapping):

@@ -189,7 +189,7 @@ def test_a_damaged_array_is_repaired_from_the_photographs(folder, damage, given,
     whole = (first.folder / "pixels.u8").read_bytes()
     damage(first.folder / "pixels.u8")
     again = load_photos(folder if given == "photographs" else first.folder, SIDE)
-    assert again.fingerprint == first.fingerprint and (first.folder / "pixels.u8").read_bytes() == whole and not (first.folder / "damaged").exists()
+    assert again.fingerprint == first.fingerprint and (first.folder / "pixels.u8").read_bytes() == whole and not (first.folder / "pixels.u8.damaged").exists()
     assert "pixels.u8 is damaged" in capsys.readouterr().out
 
 
@@ -209,7 +209,7 @@ def test_a_repair_that_was_killed_is_taken_up(folder):
     first = load_photos(folder, SIDE)
     whole = (first.folder / "pixels.u8").read_bytes()
     overwrite(first.folder / "pixels.u8", 20, rows=1)
-    (first.folder / "damaged").touch()
+    (first.folder / "pixels.u8.damaged").touch()
     load_photos(folder, SIDE)
     assert (first.folder / "pixels.u8").read_bytes() == whole
 
@@ -222,14 +222,16 @@ def test_a_cut_manifest_is_an_error(folder):
         load_photos(folder, SIDE)
 
 
-def test_verify_finds_one_wrong_row(folder):
+def test_verify_finds_one_wrong_row_which_is_then_repaired(folder):
     photos = load_photos(folder, SIDE)
     name = f"train-40-{photos.fingerprint[:6]}.u8"
-    enlarged(photos, 40)
+    whole, big = np.array(photos.array), np.array(enlarged(photos, 40))
     assert verify(photos) == {"pixels.u8": [], name: []}
     overwrite(photos.folder / "pixels.u8", 17, rows=1)
     overwrite(photos.folder / name, 35, 3 * 40**2, rows=1)
     assert verify(photos) == {"pixels.u8": [17], name: [35]}
+    again = load_photos(folder, SIDE)
+    assert (again.array == whole).all() and (enlarged(again, 40) == big).all() and verify(again) == {"pixels.u8": [], name: []}
 
 
 @pytest.mark.parametrize("damage", [lambda p: cut(p, 5, 3 * 40**2), lambda p: overwrite(p, 5, 3 * 40**2), lambda p: p.write_bytes(b"")])
