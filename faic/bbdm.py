@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'DDPM_ABAR', 'GIVEN', 'OBJECTIVES', 'CONDITIONINGS', 'LE
            'save_bbdm']
 
 # %% ../nbs/23_bbdm.ipynb #2b889fae
-import copy, math, os
+import copy, math
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .color import luma
 from .core import drawn, integers, progress
+from .data import kept_array
 from .layers import UNet, at_least_float, shorter
 from .plots import arrow, box, diagram, picture, style
 
@@ -466,18 +467,12 @@ def prepare_latents(
     "The latents of all photographs; found where they are stored already."
     as_pixels = lambda rows: torch.tensor(array[rows]).permute(0, 3, 1, 2).to(device)
     row = latent_rows(model, as_pixels(slice(0, 1)), mirrored)[0]
-    partial, size = Path(path).with_suffix('.part'), 2*row.numel()
-    if not Path(path).exists():
-        done = partial.stat().st_size//size if partial.exists() else 0
-        with open(partial, 'ab') as f, progress(total=len(array), initial=done, desc='preparing latents', unit=' images', leave=False) as bar:
-            f.truncate(done*size)
+    def make(done):
+        with progress(total=len(array), initial=done, desc='preparing latents', unit=' images', leave=False) as bar:
             for start in range(done, len(array), ENCODED):
-                f.write(latent_rows(model, as_pixels(slice(start, start + ENCODED)), mirrored).cpu().numpy().tobytes())
+                yield latent_rows(model, as_pixels(slice(start, start + ENCODED)), mirrored).cpu().numpy()
                 bar.update(min(ENCODED, len(array) - start))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    return np.memmap(path, np.float16, 'r', shape=(len(array), *row.shape))
+    return kept_array(path, (len(array), *row.shape), np.float16, make, 'preparing latents')
 
 # %% ../nbs/23_bbdm.ipynb #dc99e48c
 @torch.no_grad()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'repo_root', 'runs_dir', 'figures_dir', 'written_whole', 'write_bytes', 'write_json', 'read_json',
            'short_hash', 'generator_for', 'drawn', 'integers', 'join_processes', 'is_first', 'added_up', 'gathered',
-           'from_all', 'locked', 'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of', 'whole', 'text',
-           'comma_list', 'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command', 'driver', 'Run',
-           'differences', 'open_run', 'read_runs', 'progress']
+           'from_all', 'locked', 'locked_together', 'pick_device', 'device_name', 'repeat_exactly', 'Budget', 'one_of',
+           'whole', 'text', 'comma_list', 'budget_or_empty', 'ParameterError', 'check_params', 'provenance', 'command',
+           'driver', 'Run', 'differences', 'open_run', 'read_runs', 'progress']
 
 # %% ../nbs/00_core.ipynb #ab97fff4
 import ast, fcntl, hashlib, json, os, platform, re, shlex, subprocess, sys
@@ -53,10 +53,14 @@ def written_whole(
 ): # a binary file to write to
     "A file that gets its name when all of it is on disk: afterwards `path` holds the old bytes or the new ones, never half of them."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(part, 'wb') as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(part, 'wb')
+    except OSError as e:
+        raise OSError(e.errno, f'{path} cannot be written ({e.strerror}); make its folder writable, or name another one with FAIC_RUNS or FAIC_FIGURES') from e
+    try:
+        with f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -151,11 +155,21 @@ def from_all(value)->list: # of each process's value
 def locked(
     file:Path, # the lock, made where it is not there; it stays and means nothing by itself
 ):
-    "One process, or one group that shares a run, at a time; the others wait here."
+    "One process at a time; the others wait here."
+    file = Path(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, 'a')
+    except OSError as e: raise OSError(f'{file.parent} cannot be written ({e.strerror}); make it writable, or name another place for runs with FAIC_RUNS') from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+@contextmanager
+def locked_together(file:Path): # the lock
+    "One group of processes at a time, all of them together; others wait here."
     with ExitStack() as held:
-        if is_first():
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context(open(file, 'a')), fcntl.LOCK_EX)
+        if is_first(): held.enter_context(locked(file))
         idist.barrier()
         yield
         idist.barrier()

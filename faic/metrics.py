@@ -106,12 +106,14 @@ def image_scores(
     real:Tensor, # (B,3,H,W) in [0,1], 8-bit values, the same photographs
 )->dict: # name -> float64 array (B,): 'PSNR', 'SSIM', 'SSIM valid', 'chroma error', 'colourfulness' (of fake)
     "The metrics that need no network, one value an image."
+    few = [_scores(f, r) for f, r in zip(fake.split(4), real.split(4), strict=True)]
+    return {name: torch.cat([s[name] for s in few]).cpu().numpy() for name in few[0]}
+
+def _scores(fake, real):
     x, y = _eight_bit_pair(fake, real)
     valid = ssim_valid(x, y) # first, as it refuses images that are too small
     given = torch.promote_types(fake.dtype, torch.float32) # ignite's SSIM in float32 differs from float64 in the sixth digit
-    scores = {'PSNR': psnr(x, y), 'SSIM': ssim(x.to(given), y.to(given)), 'SSIM valid': valid,
-              'chroma error': chroma_error(x, y), 'colourfulness': colourfulness(x)}
-    return {name: values.cpu().numpy() for name, values in scores.items()}
+    return {'PSNR': psnr(x, y), 'SSIM': ssim(x.to(given), y.to(given)), 'SSIM valid': valid, 'chroma error': chroma_error(x, y), 'colourfulness': colourfulness(x)}
 
 # %% ../nbs/03_metrics.ipynb #6f43e4d7
 class _MeanOverImages(Metric):
@@ -309,15 +311,20 @@ class FID(Metric):
     def compute(self)->float: return frechet_distance(self._moments('_fake'), self._kept or self._moments('_real'))
 
 # %% ../nbs/03_metrics.ipynb #7150343d
+def _kernel(x, y): return (x @ y.T/x.shape[1] + 1).pow(3)
+
 def _kernel_rows(x, y):
     "For each x the sum over all y of the kernel, in chunks, so that no n x m matrix is kept."
-    return torch.cat([((part @ y.T)/x.shape[1] + 1).pow(3).sum(1) for part in x.split(1000)])
+    return torch.cat([_kernel(part, y).sum(1) for part in x.split(1000)])
 
 def _kernel_self(x, y): return ((x*y).sum(1)/x.shape[1] + 1).pow(3)
 
 def _paired_rows(x, y):
+    "For each pair i the sum over all j that are not i of the terms above."
+    if len(x) != len(y): raise ValueError(f'paired sets have equal counts; found {len(x)} and {len(y)}')
     same = _kernel_rows(x, x) - _kernel_self(x, x) + _kernel_rows(y, y) - _kernel_self(y, y)
-    return same - _kernel_rows(x, y) - _kernel_rows(y, x) + 2*_kernel_self(x, y)
+    chunks = [(k.sum(1), k.sum(0)) for k in (_kernel(part, y) for part in x.split(1000))] # one product for k(x_i, y_j) and k(x_j, y_i)
+    return same - torch.cat([rows for rows, _ in chunks]) - sum(columns for _, columns in chunks) + 2*_kernel_self(x, y)
 
 # %% ../nbs/03_metrics.ipynb #584234f7
 def kid(
@@ -328,7 +335,6 @@ def kid(
     "Unbiased squared MMD with the cubic polynomial kernel, over all pairs."
     x, y = _checked(x), _checked(y)
     n, m = len(x), len(y)
-    if paired and n != m: raise ValueError(f'paired sets have equal counts; found {n} and {m}')
     if paired: return (_paired_rows(x, y).sum()/(n*(n - 1))).item()
     within = lambda z: (_kernel_rows(z, z) - _kernel_self(z, z)).sum()/(len(z)*(len(z) - 1))
     return (within(x) + within(y) - 2*_kernel_rows(x, y).sum()/(n*m)).item()
@@ -432,6 +438,19 @@ def bootstrap_interval(
     found = stats.bootstrap((values,), np.mean, n_resamples=2000, batch=100, method='BCa', rng=np.random.default_rng(seed))
     return mean, *found.confidence_interval
 
+# %% ../nbs/03_metrics.ipynb #60cd9723
+def _moments_without(
+    x:Tensor, # (n,D) float64
+    groups:list, # of arrays of rows
+): # yields Moments
+    "The moments of all rows but those of a group, for each group."
+    center = x.mean(0)
+    x = x - center # about their mean, so that the subtraction below loses nothing
+    total, products = x.sum(0), x.T @ x
+    for g in groups:
+        n, s = len(x) - len(g), total - x[g].sum(0)
+        yield Moments(n, center + s/n, (products - x[g].T @ x[g] - torch.outer(s, s)/n)/(n - 1))
+
 # %% ../nbs/03_metrics.ipynb #3e1a17b1
 def fid_interval(
     x:Tensor, # (n,D) features of the fake images
@@ -448,8 +467,11 @@ def fid_interval(
     if groups < 4: return value, np.nan, np.nan
     order_x = torch.randperm(len(x), generator=generator_for(seed, 'jackknife'))
     order_y = order_x if paired else torch.randperm(len(y), generator=generator_for(seed, 'jackknife, other set'))
+    dropped = lambda order: np.array_split(order.numpy(), groups)
     parts = lambda order: [np.delete(order.numpy(), drop) for drop in np.array_split(np.arange(len(order)), groups)]
-    replicates = np.array([frechet_from_features(x[i], y[j]) for i, j in zip(parts(order_x), parts(order_y))])
+    if min(len(x), len(y))*(1 - 1/groups) - 1 > x.shape[1]: replicates = map(frechet_distance, _moments_without(x, dropped(order_x)), _moments_without(y, dropped(order_y)))
+    else: replicates = (frechet_from_features(x[i], y[j]) for i, j in zip(parts(order_x), parts(order_y)))
+    replicates = np.array(list(replicates))
     width = stats.t.ppf(.975, groups - 1)*((groups - 1)*replicates.var())**.5
     return value, value - width, value + width
 
@@ -459,9 +481,10 @@ def kid_interval(
     y:Tensor, # (n,D) features of the same photographs
 )->tuple: # paired KID, low, high; low and high are nan below 4 images
     "Paired KID with a 95 % interval from the delete-one jackknife."
-    value, n = kid(x, y, paired=True), len(x)
+    x, y, n = _checked(x), _checked(y), len(x)
+    rows = _paired_rows(x, y)
+    value = (rows.sum()/(n*(n - 1))).item()
     if n < 4: return value, np.nan, np.nan
-    rows = _paired_rows(x.detach().double(), y.detach().double())
     without = (rows.sum() - 2*rows)/((n - 1)*(n - 2))
     width = stats.t.ppf(.975, n - 1)*((n - 1)*without.var(correction=0).item())**.5
     return value, value - width, value + width

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_baseline', 'features_of', 'sample_rows', 'in_halves',
-           'versions', 'evaluate', 'evaluate_real', 'study_run', 'space_options', 'data_options', 'said_with',
-           'baseline_run', 'refuse_other_data', 'evaluated', 'keep_samples', 'make_trainer', 'ready_latents',
-           'run_days', 'peeker', 'evaluate_day', 'unscored', 'score', 'run_baselines', 'part_options', 'own_parts',
-           'named_sampling', 'train_part', 'part_weights', 'load_part', 'part_bits', 'reconstruction',
-           'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts', 'run_pretrained', 'newest_scored',
-           'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run',
-           'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run',
-           'newest_weights', 'being_written', 'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status',
-           'status', 'duration', 'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook',
+           'versions', 'evaluate', 'evaluate_real', 'study_run', 'listed_photographs', 'space_options', 'data_options',
+           'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated', 'keep_samples',
+           'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score', 'run_baselines',
+           'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part', 'part_bits',
+           'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts', 'run_pretrained',
+           'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo', 'find_photographs',
+           'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of', 'time_call', 'time_stages',
+           'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress', 'run_scores', 'run_error',
+           'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook',
            'patient_kernels', 'executed', 'study_folder', 'share_among', 'run_study', 'data_name', 'results_folder',
            'Terminated', 'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
-import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time
+import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .coltran import square
-from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_all, generator_for, is_first, locked, open_run, progress, read_json, read_runs, repo_root, runs_dir,
-                       short_hash, whole, write_bytes, write_json)
-from .data import Photos, enlarged, list_files, ordered_batches, to_rgb
+from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_all, generator_for, is_first, locked, locked_together, open_run, progress, read_json, read_runs,
+                       repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
+from .data import Photos, difference, enlarged, list_files, ordered_batches, set_name, to_rgb
 from .metrics import image_scores, summarize
 from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared
 from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
@@ -61,16 +61,25 @@ def features_of(
 )->tuple: # (features (n,D), probabilities (n,K)), on the CPU
     "What the judge sees in the real photographs of a part; computed once a data set and kept."
     kept = runs_dir()/'data-features'/f'{photos.fingerprint[:16]}-{part}-{judge.label.replace(", ", "-")}.npz'
-    with locked(kept.with_suffix('.lock')):
-        if is_first() and not kept.exists(): write_bytes(kept, _seen(photos, part, judge, device))
-    with np.load(kept) as z: return torch.tensor(z['features']), torch.tensor(z['probabilities'])
+    with idist.one_rank_first(), locked(kept.with_suffix('.lock')):
+        if (found := _kept_features(kept)) is None: write_bytes(kept, _npz(found := _seen(photos, part, judge, device)))
+    return found
 
-def _seen(photos, part, judge, device): # bytes of an npz
+def _seen(photos, part, judge, device): # (features, probabilities)
     total = -(-len(photos.parts[part])//50)
     rows = [judge(b['rgb']) for b in progress(ordered_batches(photos, part, batch_size=50, device=device), desc=f'features of {part}', total=total, leave=False)]
+    return tuple(torch.cat(x).cpu() for x in zip(*rows))
+
+def _npz(found): # bytes
     content = io.BytesIO()
-    np.savez(content, features=torch.cat([f for f, _ in rows]).cpu(), probabilities=torch.cat([p for _, p in rows]).cpu())
+    np.savez(content, features=found[0], probabilities=found[1])
     return content.getvalue()
+
+def _kept_features(path): # what was kept; None where there is nothing, or it is damaged (the file has checksums), which is said
+    try:
+        with np.load(path, allow_pickle=False) as z: return torch.tensor(z['features']), torch.tensor(z['probabilities'])
+    except FileNotFoundError: return None
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as e: print(f'{path} is damaged ({e}): looking at the photographs again')
 
 # %% ../nbs/32_study.ipynb #5de8f54f
 OTHER = {'validation': 'test', 'test': 'validation'} # the other photographs of the unpaired column
@@ -164,13 +173,18 @@ def study_run(
 )->Run:
     "Open the run of one variant; photographs.csv lists which photographs are in which part."
     parts = own_parts(model, phase, preset, seed, photos, latent, first_stage)
-    run = open_run(dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data_options(photos, phase), budget=str(budget),
-                        train=model_options(model, preset, variant, latent, first_stage), **space_options(model, phase, preset, seed, photos, latent, first_stage)),
-                   device, sampling=describe_sampling(named_sampling(usual_sampling(model, preset), parts)), parts=parts, **said_with(photos))
-    rows = pd.concat([pd.DataFrame(dict(part=p, row=photos.parts[p])) for p in (TRAINING[phase], *OTHER)])
+    options = dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data_options(photos, phase), budget=str(budget),
+                   train=model_options(model, preset, variant, latent, first_stage), **space_options(model, phase, preset, seed, photos, latent, first_stage))
+    refuse_fresh_start(options, photos)
+    run = open_run(options, device, sampling=describe_sampling(named_sampling(usual_sampling(model, preset), parts)), parts=parts, **said_with(photos))
     if is_first() and not (run.path/'photographs.csv').exists():
-        write_bytes(run.path/'photographs.csv', rows.merge(photos.manifest[['row', 'file', 'sha256']], on='row').to_csv(index=False).encode(errors='surrogateescape'))
+        write_bytes(run.path/'photographs.csv', listed_photographs(photos, phase).to_csv(index=False).encode(errors='surrogateescape'))
     return run
+
+def listed_photographs(photos:Photos, phase:str)->pd.DataFrame: # part, row, file, sha256
+    "Which photographs are in the parts that a phase uses."
+    rows = pd.concat([pd.DataFrame(dict(part=p, row=photos.parts[p])) for p in (TRAINING[phase], *OTHER)])
+    return rows.merge(photos.manifest[['row', 'file', 'sha256']], on='row')
 
 def space_options(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict:
     "In which space bbdm works: latent, and first_stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>', or '' where there is none."
@@ -190,6 +204,25 @@ def said_with(photos:Photos)->dict:
 TRAINING = {'phase1': 'train_phase1', 'phase2': 'train'} # the training part of each phase
 EVALUATED = {'phase1': 'validation', 'phase2': 'test'} # and the part on which it is scored
 PHASE_DAYS = {'phase1': 1, 'phase2': DAYS}
+
+# %% ../nbs/32_study.ipynb #993e6622
+def refuse_fresh_start(
+    options:dict, # of a run that is about to be opened
+    photos:Photos,
+):
+    "Raise ValueError where an unfinished run differs from a new one in its photographs alone."
+    asked = lambda o: {k: v for k, v in o.items() if k not in ('data', 'first_stage', 'made')} # whose own first stage depends on the photographs, too
+    runs = read_runs(**{k: options[k] for k in ('phase', 'model', 'variant', 'preset', 'seed')})
+    if any(r.options['data'] == options['data'] and asked(r.options) == asked(options) for r in runs): return # it was begun before
+    for run in runs:
+        made, phase = run.options['data'], options['phase']
+        unfinished = (run.path/'last.pt').exists() and not (run.path/f'day-{PHASE_DAYS[phase]}.safetensors').exists()
+        if not unfinished or asked(run.options) != asked(options) or any(made[k] != options['data'][k] for k in ('name', 'side')): continue
+        then = pd.read_csv(run.path/'photographs.csv', dtype={'file': str}, na_filter=False, encoding_errors='surrogateescape')
+        now = listed_photographs(photos, phase)
+        what = difference(dict(zip(then['file'], then['sha256'])), dict(zip(now['file'], now['sha256']))) or 'the pixels'
+        raise ValueError(f"{run.path.name} is not finished, and what differs now is its photographs alone. In its parts: {what}. To go on with it, give the folder as it was, or what was prepared of it "
+                         f"({runs_dir()}/data-{made['name']}-{made['side']}-...), as data. To begin anew, move {run.path} away.")
 
 # %% ../nbs/32_study.ipynb #005fec84
 def baseline_run(
@@ -213,7 +246,7 @@ def refuse_other_data(
     differing = {k: (made[k], found[k]) for k in ('fingerprint', 'side') if made[k] != found[k]}
     if differing:
         raise ValueError(f"{run.path.name} was made with other data than {photos.name}: "
-                         + '; '.join(f'{k} {a} then, {b} now' for k, (a, b) in differing.items()) + '. Give the same folder, or train a new run.')
+                         + '; '.join(f'{k} {a} then, {b} now' for k, (a, b) in differing.items()) + '. Give the same folder, or what was prepared of it (data-... beside the runs), as data; or train a new run.')
 
 # %% ../nbs/32_study.ipynb #eed09cc2
 def evaluated(run:Run, **what)->bool: # e.g. day=1, sampling='batch_norm=image'
@@ -266,10 +299,8 @@ def ready_latents(
     part = 'train' if name.startswith('given:') else TRAINING[phase]
     path = photos.folder/f"{part}-{o['load_side']}-{photos.fingerprint[:6]}-{name.replace(':', '-')}{'-flip' if o['flip'] else ''}.f16"
     array, began = enlarged(photos, o['load_side'], part), time.monotonic()
-    with locked(path.with_suffix('.lock')):
-        found = 'found' if path.exists() else 'made'
-        if is_first(): latents = trainee.prepare(array, path, o['flip'], device)
-    if not is_first(): latents = trainee.prepare(array, path, o['flip'], device) # what the first one made
+    found = 'found' if path.exists() else 'made'
+    latents = trainee.prepare(array, path, o['flip'], device)
     print(f'latents of {part}: {found} {path}, {path.stat().st_size/1e9:.3f} GB, {time.monotonic() - began:.0f} s')
     return latents[:len(photos.parts[TRAINING[phase]])]
 
@@ -355,7 +386,7 @@ def run_baselines(
     "Score the gray image and the real photographs on the phase's part, and keep the truth beside the samples; once for each data set."
     part = EVALUATED[phase]
     gray, real = (baseline_run(phase, subject, preset, photos, device) for subject in ('gray', 'real'))
-    with locked(gray.path/'lock'): # notebooks that run at the same time score them once
+    with locked_together(gray.path/'lock'): # notebooks that run at the same time score them once
         if not evaluated(gray, part=part):
             rows, samples = evaluate(gray_baseline, photos, part, judge, device=device)
             keep_samples(gray, samples)
@@ -1059,7 +1090,7 @@ def run_study(
 
 def data_name(data:str)->str: # 'embedded', or the folder's name
     "What runs call their data: the parameter `data` without its path."
-    return data if data == 'embedded' else Path(data).expanduser().resolve().name
+    return data if data == 'embedded' else set_name(Path(data).expanduser().resolve())
 
 def results_folder(
     preset:str,
