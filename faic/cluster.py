@@ -86,7 +86,7 @@ def trainings(job:Job)->list: # of Training, in order
     parts = [part(n, ph) for n in parts_of(model, 'f4', stage) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
     return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model]), day*DAYS, DAYS)]
 
-# %% ../nbs/33_cluster.ipynb #55145912
+# %% ../nbs/33_cluster.ipynb #4484fb4b
 @dataclass(frozen=True)
 class Measured:
     "What a run tells of the duration of another with the same options; nan where there is none."
@@ -100,8 +100,7 @@ def measured(t:Training)->Measured:
     for run in reversed(runs):
         done, scores = run_progress(run), run.metrics()
         if not done['step']: continue
-        timed = scores[scores['evaluation_seconds'] > 0] if 'evaluation_seconds' in scores else scores
-        each = (timed['evaluation_seconds']/timed['n']).median() if len(timed) else math.nan
+        each = (scores['evaluation_seconds']/scores['n']).median() if 'evaluation_seconds' in scores else math.nan
         return Measured(done['seconds']/done['step'], each, f"{run.path.name} on {run.options['made']['device']}")
     return Measured()
 
@@ -226,7 +225,7 @@ def stop_kernels(
     for kernel in kernels: kernel.terminate()
     return len(kernels)
 
-# %% ../nbs/33_cluster.ipynb #c9227bf9
+# %% ../nbs/33_cluster.ipynb #f984e1f2
 GRACE = 600 # seconds between SLURM's warning and the end: time to write a checkpoint of some GB
 
 class NotebookJob:
@@ -239,9 +238,13 @@ class NotebookJob:
 
     def __call__(self)->str: # the executed notebook
         with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as d:
-            self.running = pool.submit(run_notebook, self.job.notebook, self.job.parameters, self.folder, Path(d)/'bars.json')
-            try: self.running.result()
-            except SystemExit as e: raise RuntimeError(str(e).strip()) from None # which submitit takes for a failure; not so an exit
+            self.running = pool.submit(self.execute, Path(d)/'bars.json')
+            return self.running.result() # here the main thread waits and hears signals; the exit of a requeued job comes out here, too
+
+    def execute(self, bars:Path)->str:
+        "Run the notebook; its failure is an exception, as submitit takes an exit for no end at all."
+        try: run_notebook(self.job.notebook, self.job.parameters, self.folder, bars)
+        except SystemExit as e: raise RuntimeError(str(e).strip()) from None
         return str(executed(self.job.notebook, self.job.parameters, self.folder))
 
     def checkpoint(self): # submitit's DelayedSubmission
@@ -250,7 +253,7 @@ class NotebookJob:
         if self.running: wait([self.running], GRACE - 30)
         return submitit.helpers.DelayedSubmission(NotebookJob(self.job, self.folder))
 
-# %% ../nbs/33_cluster.ipynb #aa006221
+# %% ../nbs/33_cluster.ipynb #0af38004
 def run_jobs(
     jobs:list, # of Job, each after those that it waits for
     slots:list, # e.g. [0, 1]; as many jobs run at a time
@@ -274,7 +277,7 @@ def run_jobs(
             elif free:
                 slot = free.pop(0)
                 running[job.name] = start(job, slot), slot
-                say(f'{time.strftime("%d %b %H:%M")} {job.name} started in slot {slot}')
+                say(f'{time.strftime("%d %b %H:%M")} {job.name} started' + ('' if slot is None else f' on GPU {slot}'))
             else: continue
             waiting.remove(job)
         if running: time.sleep(pause)

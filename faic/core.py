@@ -51,7 +51,7 @@ def written_whole(
     "A file that gets its name when all of it is on disk: afterwards `path` holds the old bytes or the new ones, never half of them."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}.part') # its own, on whichever machine
     try:
         with open(part, 'wb') as f:
             yield f
