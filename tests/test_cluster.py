@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import faic.cluster
-from faic.cluster import Job, NotebookJob, arguments, job_row, last_line, main, photograph_counts, run_jobs, run_local, study_jobs
+from faic.cluster import Job, NotebookJob, arguments, job_row, last_line, local_slots, main, photograph_counts, run_jobs, run_local, study_jobs
 from faic.core import open_run, pick_device, read_runs, runs_dir, write_json
 from faic.data import load_photos
-from faic.presets import PAPER_FID, model_options
+from faic.presets import PAPER_FID, model_options, variants_of
 from faic.study import baseline_run, describe_status, run_baselines, run_progress, status
 
 submitit = pytest.importorskip("submitit")
@@ -221,6 +221,19 @@ def test_mistakes_are_told_at_once(given, said, capsys):
     with pytest.raises(SystemExit):
         arguments(given.split())
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seen, gpus, at_once, slots", [("", "2,5", 0, [2, 5]), ("4,6", "", 0, [4, 6]), ("", "", 3, [None] * 3)])
+def test_where_jobs_run(seen, gpus, at_once, slots, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert local_slots(gpus, at_once) == slots
+
+
+def test_no_variant_may_be_asked_for():
+    assert variants_of("coltran")("none") == [] and len(variants_of("coltran")("all")) == 4
+    with pytest.raises(ValueError, match="expected 'all'"):
+        variants_of("coltran")("none,default")
 
 
 # Notebooks that run at the same time.
