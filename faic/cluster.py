@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MOMENTS', 'TRAINED_ON', 'GRACE', 'STRETCHES', 'Job', 'study_jobs', 'Training', 'trainings', 'Measured', 'measured',
            'training_hours', 'checkpoint_bytes', 'run_bytes', 'photograph_counts', 'shared_bytes', 'job_row',
-           'describe_plan', 'stop_kernels', 'NotebookJob', 'run_jobs', 'last_line', 'run_local', 'folder_of',
-           'slurm_minutes', 'sbatch_options', 'submit_slurm', 'depends', 'describe_sbatch', 'arguments', 'main']
+           'describe_plan', 'stop_kernels', 'NotebookJob', 'run_jobs', 'last_line', 'run_local', 'local_slots',
+           'folder_of', 'slurm_minutes', 'sbatch_options', 'submit_slurm', 'depends', 'describe_sbatch', 'arguments',
+           'main']
 
 # %% ../nbs/33_cluster.ipynb #713b9798
-import argparse, math, os, re, signal, sys, tempfile, time
+import argparse, importlib, math, os, re, signal, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def trainings(job:Job)->list: # of Training, in order
     parts = [part(n, ph) for n in parts_of(model, 'f4', stage) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
     return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model]), day*DAYS, DAYS)]
 
-# %% ../nbs/33_cluster.ipynb #55145912
+# %% ../nbs/33_cluster.ipynb #4484fb4b
 @dataclass(frozen=True)
 class Measured:
     "What a run tells of the duration of another with the same options; nan where there is none."
@@ -100,8 +101,7 @@ def measured(t:Training)->Measured:
     for run in reversed(runs):
         done, scores = run_progress(run), run.metrics()
         if not done['step']: continue
-        timed = scores[scores['evaluation_seconds'] > 0] if 'evaluation_seconds' in scores else scores
-        each = (timed['evaluation_seconds']/timed['n']).median() if len(timed) else math.nan
+        each = (scores['evaluation_seconds']/scores['n']).median() if 'evaluation_seconds' in scores else math.nan
         return Measured(done['seconds']/done['step'], each, f"{run.path.name} on {run.options['made']['device']}")
     return Measured()
 
@@ -216,17 +216,23 @@ def _short(names): # 'phase1-bbdm-default, phase1-bbdm-l2' -> 'phase1-bbdm-* (2)
 
 def _said(budget): return f'{budget.amount:,.10g} {budget.unit}'
 
-# %% ../nbs/33_cluster.ipynb #4e4fa45c
+# %% ../nbs/33_cluster.ipynb #dd8daf77
 def stop_kernels(
     process:int, # id; the kernels of notebooks are among its descendants
-)->int: # how many were asked
+    asked=frozenset(), # ids of those that were asked before: a second signal would stop them at once
+)->set: # ids of all that were asked
     "Ask the notebooks below a process to save and end."
     import psutil
-    kernels = [p for p in psutil.Process(process).children(recursive=True) if any('ipykernel' in a for a in p.cmdline())]
-    for kernel in kernels: kernel.terminate()
-    return len(kernels)
+    now = set()
+    for child in psutil.Process(process).children(recursive=True):
+        try:
+            if child.pid in asked or not any('ipykernel' in a for a in child.cmdline()): continue
+            child.terminate()
+            now.add(child.pid)
+        except psutil.NoSuchProcess: pass # it has just ended
+    return now | asked
 
-# %% ../nbs/33_cluster.ipynb #c9227bf9
+# %% ../nbs/33_cluster.ipynb #1fa93b3b
 GRACE = 600 # seconds between SLURM's warning and the end: time to write a checkpoint of some GB
 
 class NotebookJob:
@@ -239,18 +245,24 @@ class NotebookJob:
 
     def __call__(self)->str: # the executed notebook
         with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as d:
-            self.running = pool.submit(run_notebook, self.job.notebook, self.job.parameters, self.folder, Path(d)/'bars.json')
-            try: self.running.result()
-            except SystemExit as e: raise RuntimeError(str(e).strip()) from None # which submitit takes for a failure; not so an exit
+            self.running = pool.submit(self.execute, Path(d)/'bars.json')
+            return self.running.result() # here the main thread waits and hears signals; the exit of a requeued job comes out here, too
+
+    def execute(self, bars:Path)->str:
+        "Run the notebook; its failure is an exception, as submitit takes an exit for no end at all."
+        try: run_notebook(self.job.notebook, self.job.parameters, self.folder, bars)
+        except SystemExit as e: raise RuntimeError(str(e).strip()) from None
         return str(executed(self.job.notebook, self.job.parameters, self.folder))
 
     def checkpoint(self): # submitit's DelayedSubmission
         import submitit
-        stop_kernels(os.getpid())
-        if self.running: wait([self.running], GRACE - 30)
+        asked, end = frozenset(), time.monotonic() + GRACE - 30
+        while self.running and not self.running.done() and time.monotonic() < end: # a kernel may just be starting
+            asked = stop_kernels(os.getpid(), asked)
+            wait([self.running], .5)
         return submitit.helpers.DelayedSubmission(NotebookJob(self.job, self.folder))
 
-# %% ../nbs/33_cluster.ipynb #aa006221
+# %% ../nbs/33_cluster.ipynb #0af38004
 def run_jobs(
     jobs:list, # of Job, each after those that it waits for
     slots:list, # e.g. [0, 1]; as many jobs run at a time
@@ -274,7 +286,7 @@ def run_jobs(
             elif free:
                 slot = free.pop(0)
                 running[job.name] = start(job, slot), slot
-                say(f'{time.strftime("%d %b %H:%M")} {job.name} started in slot {slot}')
+                say(f'{time.strftime("%d %b %H:%M")} {job.name} started' + ('' if slot is None else f' on GPU {slot}'))
             else: continue
             waiting.remove(job)
         if running: time.sleep(pause)
@@ -286,7 +298,7 @@ def last_line(error:str)->str:
     lines = [l for l in trace.splitlines() if l.strip() and not l.startswith('The whole notebook: ')]
     return lines[-1].strip() if lines else 'no error was left behind'
 
-# %% ../nbs/33_cluster.ipynb #e640279e
+# %% ../nbs/33_cluster.ipynb #9ac689c7
 def run_local(
     jobs:list, # of Job
     slots:list, # numbers of GPUs, or None for places on the processors
@@ -303,10 +315,23 @@ def run_local(
         return handles[-1]
     try: return run_jobs(jobs, slots, start)
     except KeyboardInterrupt:
-        asked = sum(stop_kernels(int(h.job_id)) for h in handles if not h.done())
-        print(f'\nStopping: {asked} notebooks save and end ...')
-        while not all(h.done() for h in handles): time.sleep(.5)
+        print('\nStopping: the notebooks save and end ...')
+        asked = frozenset()
+        while left := [h for h in handles if not h.done()]:
+            for h in left: asked = stop_kernels(int(h.job_id), asked)
+            time.sleep(.5)
         raise SystemExit('Stopped. The same command goes on from the last checkpoints.') from None
+
+def local_slots(
+    gpus:str='', # comma list, or '': all that torch sees
+    at_once:int=0, # places on the processors instead
+)->list: # numbers of GPUs, or None for each place on the processors
+    "How many jobs may run here at a time, and where."
+    if gpus: return [int(g) for g in gpus.split(',')]
+    visible = [int(g) for g in (os.environ.get('CUDA_VISIBLE_DEVICES') or '').split(',') if g]
+    slots = [None]*at_once or visible or list(range(torch.cuda.device_count())) or [None]
+    if slots.count(None) > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count()//len(slots)))) # threads that wait for each other's cores cost more than they bring
+    return slots
 
 def folder_of(job:Job)->Path:
     "Where a job's executed notebook goes."
@@ -407,7 +432,7 @@ def _checked(o):
     slurm_minutes(o.time or '1-00:00:00')
     return o
 
-# %% ../nbs/33_cluster.ipynb #0b3e2739
+# %% ../nbs/33_cluster.ipynb #8fc9fbd6
 def main(given=None):
     "The command line: python -m faic.cluster plan|run [--preset paper] [--data ...] [--on local|slurm] ...; --help says all."
     o = arguments(sys.argv[1:] if given is None else given)
@@ -419,12 +444,10 @@ def main(given=None):
     if o.on == 'slurm':
         numbers = submit_slurm(jobs, logs, o.sbatch)
         return print(*(f'{number} faic-{name}' for name, number in numbers.items()), f'Submitted; logs: {logs}', 'squeue --me shows the jobs, python -m faic.study status the runs.', sep='\n')
-    slots = [int(g) for g in o.gpus.split(',')] if o.gpus else [None]*o.at_once or list(range(torch.cuda.device_count())) or [None]
-    ended = run_local(jobs, slots, logs)
+    ended = run_local(jobs, local_slots(o.gpus, o.at_once), logs)
     print('\n' + '\n'.join(f'{j.name}: {ended[j.name] or "done"}; {executed(j.notebook, j.parameters, folder_of(j))}' for j in jobs))
     if failed := [n for n, e in ended.items() if e]: raise SystemExit(f'{len(failed)} of {len(jobs)} jobs are not done: {", ".join(failed)}. What is done is kept: the same command tries the rest again.')
 
 # %% ../nbs/33_cluster.ipynb #cecb1eb6
 if __name__ == '__main__' and sys.argv[0].endswith('cluster.py'): # started by `python -m faic.cluster`, not in a notebook
-    from faic.cluster import main # under its own name: what is pickled for a job must be found there
-    main()
+    importlib.import_module('faic.cluster').main() # under its own name, by which what is pickled for a job will be found

@@ -53,7 +53,7 @@ def written_whole(
 ): # a binary file to write to
     "A file that gets its name when all of it is on disk: afterwards `path` holds the old bytes or the new ones, never half of them."
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}.part') # its own, on whichever machine
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         f = open(part, 'wb')

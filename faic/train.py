@@ -315,7 +315,7 @@ def note(trainer:Trainer, **event):
     "Log an event; where the disk takes nothing any more, say so and go on."
     if not is_first(): return
     try: trainer.run.log(**event)
-    except OSError as e: print(f'{trainer.run.path.name}: not logged, {e.strerror}: {event}', flush=True)
+    except OSError as e: print(f'{trainer.run.path.name}: not logged, {os.strerror(e.errno)}: {event}', flush=True)
 
 def keep_error(trainer:Trainer, error:BaseException):
     "Write error.json, if the disk takes it."
@@ -534,7 +534,7 @@ def try_to_save(trainer:Trainer)->bool: # was it saved?
     if not is_first(): return True
     try: save_checkpoint(trainer)
     except OSError as e:
-        print(f'{trainer.run.path.name}, step {trainer.step:,}: no checkpoint, {e.strerror} ({free_space(trainer)}). Training goes on; the last one stays: {kept_step(trainer)}', flush=True)
+        print(f'{trainer.run.path.name}, step {trainer.step:,}: no checkpoint, {os.strerror(e.errno)} ({free_space(trainer)}). Training goes on; the last one stays: {kept_step(trainer)}', flush=True)
         return False
     return True
 
@@ -543,7 +543,7 @@ def room_needed(trainer:Trainer):
     "Turn a file that cannot be written into a sentence that says what to do."
     try: yield
     except OSError as e:
-        raise TrainingStopped(f'{trainer.run.path} cannot be written: {e.strerror} ({free_space(trainer)}). Free some space; the same command then goes on from {kept_step(trainer)}') from e
+        raise TrainingStopped(f'{trainer.run.path} cannot be written: {os.strerror(e.errno)} ({free_space(trainer)}). Free some space; the same command then goes on from {kept_step(trainer)}') from e
 
 def free_space(trainer:Trainer)->str: return f'{shutil.disk_usage(trainer.run.path).free/1e6:,.1f} MB are free'
 
