@@ -1163,7 +1163,7 @@ def hypothesis_sentences(evidence:Evidence)->list: # of sentences
     times = model_seconds(evidence)
     speed = verdict('time, in seconds an image', times, spec='.4f', not_run=absent(times))
     whole = conclude(quality, speed, model_name(HYPOTHESIS['model']), absent(rows))
-    seeds = [f'Brackets of models are {SEEDS_INTERVAL} ({seeds_text(evidence)}), those of the gray image of its photographs.']*bool(evidence.repeats)
+    seeds = [f'In brackets: of models the {SEEDS_INTERVAL} ({seeds_text(evidence)}), of the gray image as in the tables, over its photographs.']*bool(evidence.repeats)
     return [whole, *(v.sentence for v in (*quality, speed)), *_gray_sentences(evidence, rows, label), *seeds]
 
 def _score(row, name, label): # (value, low, high); the spread of IS over splits is no interval to decide by, that over seeds is
