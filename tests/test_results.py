@@ -10,6 +10,8 @@ import torch
 from scipy.stats import ttest_1samp
 
 import faic.metrics
+import faic.presets
+import faic.study
 from faic.core import open_run, pick_device, read_json, read_runs, repo_root, write_json
 from faic.metrics import METRICS, column
 from faic.plots import MODEL_PARTS, PAPER_TABLES, Evidence, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_seconds, paper_figure, phase2_table, read_evidence
@@ -449,7 +451,10 @@ def in_this_process(notebook, **parameters):
 
 
 def test_the_phases_train_every_seed(folders, monkeypatch):
+    """Both notebooks, with two days in place of five and a judge that costs nothing."""
     monkeypatch.setattr(faic.metrics, "efficientnet_lite0", lambda device: Judge())
+    monkeypatch.setattr(faic.presets, "DAYS", 2)
+    monkeypatch.setitem(faic.study.PHASE_DAYS, "phase2", 2)
     given = dict(seed=3, seeds=2, budget="1 steps", device="cpu")
     in_this_process("phase1", variants="default,lr-5e-4", **given)
     runs = read_runs(phase="phase1", model="pix2pix")
@@ -461,8 +466,8 @@ def test_the_phases_train_every_seed(folders, monkeypatch):
     assert (crowned.options["variant"], crowned.options["seed"], winner["variant"], winner["seeds"][best]) == (best, 3, best, [3, 4]) and np.isclose(winner["value"], mean[best])
     (crowned.path / "winner.json").write_text("half of a fi")
     in_this_process("phase2", **given)
-    assert sorted((r.options["variant"], r.options["seed"], len(r.metrics())) for r in read_runs(phase="phase2", model="pix2pix")) == [(best, 3, 5), (best, 4, 5)]
-    evidence = read_evidence("smoke", "embedded", 3, dict(phase1="1 steps", phase2="5 steps"), seeds=2)
+    assert sorted((r.options["variant"], r.options["seed"], len(r.metrics())) for r in read_runs(phase="phase2", model="pix2pix")) == [(best, 3, 2), (best, 4, 2)]
+    evidence = read_evidence("smoke", "embedded", 3, dict(phase1="1 steps", phase2="2 steps"), seeds=2)
     for table, entry in ((variants_table("Table I", evidence), best), (phase2_table(evidence), "Pix2Pix")):
         assert "± " in table.view.loc["FID (quarters)", entry] and "(2 seeds)" in table.view.loc["FID (quarters)", entry]
         assert {f"{entry}, seed 3", f"{entry}, seed 4"} < set(table.frame["entry"])
