@@ -274,7 +274,7 @@ def footer(evidence:Evidence)->str:
 _FID_INTERVAL = '95 %, grouped jackknife with 20 groups'
 INTERVALS = {'FID': _FID_INTERVAL, 'unpaired FID': _FID_INTERVAL, 'KID': '95 %, delete-one jackknife',
              'IS': 'plus and minus the standard deviation over 10 splits, from 500 images on'}
-SEEDS_INTERVAL = '95 % t-interval of the mean over the seeds'
+SEEDS_INTERVAL = '95 % t-interval of the mean' # over the seeds
 
 def interval_note(
     names=METRICS, # the metrics that are shown
@@ -299,14 +299,14 @@ def one_seed(evidence:Evidence, phase:str, what:str)->list: # a sentence, or non
 def seed_notes(evidence:Evidence, phase:str, models)->list: # of sentences; empty where there is one seed
     "What the spread over the seeds is, and which entries have fewer seeds than others."
     if not evidence.repeats: return []
-    return [f'Training runs with {seeds_text(evidence)}: the mean, ± the standard deviation over the seeds; of steps, epochs and times the mean and, in brackets, the range.',
-            f'What decides is the {SEEDS_INTERVAL} (low and high in the CSV); it says nothing about other photographs.', *fewer_seeds(evidence, phase, models)]
+    return [f'Training runs with {seeds_text(evidence)}: the mean, \u00b1 the standard deviation over the seeds; of steps, epochs and times the mean and, in brackets, the range.',
+            f'What decides is the {SEEDS_INTERVAL} over the seeds (low and high in the CSV); it says nothing about other photographs.', *fewer_seeds(evidence, phase, models)]
 
 def fewer_seeds(evidence:Evidence, phase:str, models)->list: # a sentence, or none
     "Which entries have fewer seeds than others."
     every = {place: [r.options['seed'] for r in evidence.every(*place)] for place, run in evidence.runs.items() if _repeated(run)}
     short = [f"{model_name(m)}{f', {v}'*bool(v)} ({name_seeds(s)})" for (p, m, v), s in every.items() if p == phase and m in models and len(s) < max(map(len, every.values()))]
-    return [f"Fewer seeds than others: {', '.join(short)}."] if short else []
+    return [f"Fewer seeds than others: {'; '.join(short)}."] if short else []
 
 # %% ../nbs/04_plots.ipynb #6054ce14
 def bias_note(frame:pd.DataFrame)->str: # of a score table
@@ -375,7 +375,7 @@ def latex(table:Table)->str:
 
 def _tex_lines(name, cells):
     "A line of the view; intervals and spreads go to a second, smaller line under the values."
-    split = [re.split(r' (?=[[±])', str(c), maxsplit=1) for c in cells]
+    split = [re.split(' (?=[\\[\u00b1])', str(c), maxsplit=1) for c in cells]
     yield ' & '.join(tex(c) for c in (name, *(value for value, *_ in split))) + r' \\'
     if any(rest for _, *rest in split): yield ' & '.join(['', *(r'\scriptsize ' + tex(''.join(rest)) for _, *rest in split)]) + r' \\[2pt]'
 
@@ -439,13 +439,13 @@ def value_text(
     row, # Series or dict with the column, and ' low' and ' high'
     name:str, # column
     spec:str='.4g', # format
-)->str: # '85.1 [80.2, 90.3]', '85.1' without an interval, '85.1 ± 2.3 (3 seeds)', 'not run', or 'n/a' for what has no meaning here
+)->str: # '85.1 [80.2, 90.3]', '85.1' without an interval, '85.1 +- 2.3 (3 seeds)', 'not run', or 'n/a' for what has no meaning here
     "A number and its interval or its spread, as text."
     if row.get('status') == 'not run': return 'not run'
     value, low, high = (row.get(f'{name}{end}', np.nan) for end in ('', ' low', ' high'))
     if pd.isna(value): return 'n/a'
     if f'{name} sd' in row and pd.notna(n := row.get('seeds', np.nan)):
-        return format(value, spec) + (f' ± {row[f"{name} sd"]:{spec}}' if n > 1 else '') + f" ({n:.0f} seed{'s'*(n > 1)})"
+        return format(value, spec) + (f' \u00b1 {row[f"{name} sd"]:{spec}}' if n > 1 else '') + f" ({n:.0f} seed{'s'*(n > 1)})"
     return format(value, spec) + ('' if pd.isna(low) else f' [{low:{spec}}, {high:{spec}}]')
 
 # %% ../nbs/04_plots.ipynb #df0935c1
@@ -1163,7 +1163,7 @@ def hypothesis_sentences(evidence:Evidence)->list: # of sentences
     times = model_seconds(evidence)
     speed = verdict('time, in seconds an image', times, spec='.4f', not_run=absent(times))
     whole = conclude(quality, speed, model_name(HYPOTHESIS['model']), absent(rows))
-    seeds = [f'Brackets of models are {SEEDS_INTERVAL} ({seeds_text(evidence)}), those of the gray image of its photographs.']*bool(evidence.repeats)
+    seeds = [f'In brackets: of models the {SEEDS_INTERVAL} over {seeds_text(evidence)}; of the gray image, as in the tables, an interval over its photographs.']*bool(evidence.repeats)
     return [whole, *(v.sentence for v in (*quality, speed)), *_gray_sentences(evidence, rows, label), *seeds]
 
 def _score(row, name, label): # (value, low, high); the spread of IS over splits is no interval to decide by, that over seeds is

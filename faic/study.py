@@ -614,7 +614,7 @@ def lead(winner:dict)->str: # of crown or choose
     several = winner['interval'] == SEEDS_INTERVAL
     text = {True: 'a lead beyond the intervals', False: 'a lead within the intervals: a choice, not a finding',
             None: f"too few {'seeds' if several else 'images'} for intervals: a choice, not a finding"}[winner['decided']]
-    return text + f'; {seeds_compared(winner)}, {SEEDS_INTERVAL}'*several
+    return text + f'; {SEEDS_INTERVAL} {seeds_compared(winner)}'*several
 
 # %% ../nbs/32_study.ipynb #adc67487
 def phase1_winner(

@@ -1,15 +1,21 @@
 """results.ipynb on invented runs in temporary folders: what it writes, and that what was not run says so."""
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
 import papermill
 import pytest
+import torch
+from scipy.stats import ttest_1samp
 
-from faic.core import open_run, pick_device, repo_root, write_json
+import faic.metrics
+import faic.presets
+import faic.study
+from faic.core import open_run, pick_device, read_json, read_runs, repo_root, write_json
 from faic.metrics import METRICS, column
-from faic.plots import MODEL_PARTS, PAPER_TABLES, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_seconds, paper_figure, phase2_table, read_evidence
-from faic.plots import sample_file, save_figure, steps_table, times_table, training_table, variants_table, verdict
+from faic.plots import MODEL_PARTS, PAPER_TABLES, Evidence, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_seconds, paper_figure, phase2_table, read_evidence
+from faic.plots import sample_file, save_figure, steps_table, times_table, training_table, variants_table, verdict, winner_of
 from faic.presets import PARTS
 
 LABEL = "EfficientNet-Lite0"
@@ -53,8 +59,6 @@ def model_runs(model, fid, lightness=("photograph",), seconds=0.05):
     data = DATA | dict(train=120, validation=48, test=48)
     made = [run("phase1", model, v, [dict(work(1), lightness=l, **scores(fid + i)) for l in lightness], data, budget="60 steps", train=dict(batch_size=4))
             for i, v in enumerate(variants)]
-    winner = dict(variant=list(variants)[0], metric=column("FID", LABEL), decided=False, time=1.0)
-    write_json(made[0].path / "winner.json", winner)
     made[1].log(event="discriminator won", step=55, began=31)
     days = [dict(work(d), lightness=l, **scores(fid - d)) for d in range(1, 6) for l in lightness]
     run("phase2", model, list(variants)[0], days, data, budget="300 steps", train=dict(batch_size=4))
@@ -299,3 +303,171 @@ def test_conclusion():
     assert "not decided: no answer by x" in conclude([best("B"), best("B", False)], best("A"), "B")
     assert "B was not run" in conclude([best("A")], best("A"), "B", ["B"])
     assert "C was not run" in conclude([best("B")], best("A"), "B", ["C"])
+
+
+# Several seeds: means and spreads, and what must not be averaged.
+
+FID = column("FID", LABEL)
+
+
+def seeded(phase, model, variant, fids, days=1, seeds=(0, 1, 2), width=2.0, **options):
+    """The same setting with several seeds, each with a FID of its own that falls by 1 a day."""
+    options = dict(budget="60 steps" if phase == "phase1" else "300 steps", train=dict(batch_size=4)) | options
+    rows = lambda seed, fid: [dict(day=d, step=60 * d, training_seconds=(9.5 + seed) * d, sampling="default", lightness="photograph", **scores(fid - d + 1, width)) for d in range(1, days + 1)]
+    return [run(phase, model, variant, rows(s, fid), DATA | dict(train=120), seed=s, **options) for s, fid in zip(seeds, fids)]
+
+
+def test_seeds_give_mean_and_spread(folders):
+    baselines()
+    seeded("phase1", "pix2pix", "default", [80.0], seeds=[0])
+    seeded("phase1", "pix2pix", "batch32", [70.0], seeds=[0])
+    alone = variants_table("Table I", read_evidence("smoke", "embedded", 0)).csv()
+    seeded("phase1", "pix2pix", "default", [84.0, 85.0], seeds=[1, 2])
+    seeded("phase1", "pix2pix", "batch32", [99.0], seeds=[1])
+    assert variants_table("Table I", read_evidence("smoke", "embedded", 0)).csv() == alone, "a page of one seed does not see the others"
+    evidence = read_evidence("smoke", "embedded", 0, seeds=3)
+    table = variants_table("Table I", evidence)
+    assert table.view.loc[FID].tolist() == ["83.0 ± 2.6 (3 seeds)", "84.5 ± 20.5 (2 seeds)", "not run", "not run", "104.0 [102.0, 106.0]", "n/a"]
+    assert table.view.loc["training, s", ["default", "batch32"]].tolist() == ["10.5 [9.5, 11.5]", "10.0 [9.5, 10.5]"]
+    rows = pd.read_csv(save(table, folders), comment="#").set_index("entry")
+    wanted = ttest_1samp([80, 84, 85], 0).confidence_interval()
+    assert np.allclose(rows.loc["default", [FID, f"{FID} sd", f"{FID} low", f"{FID} high", "seeds"]].astype(float), [83, 7**0.5, *wanted, 3])
+    assert rows.loc[[f"default, seed {s}" for s in range(3)], FID].tolist() == [80, 84, 85] and rows.loc["default, seed 1", f"{FID} low"] == 82
+    assert (rows["status"] == "run").sum() == 2 and (rows["status"] == "seed").sum() == 5
+    assert winner_of(read_evidence("smoke", "embedded", 0), "pix2pix")["variant"] == "batch32" and winner_of(evidence, "pix2pix")["variant"] == "default"
+    said = table.markdown()
+    for sentence in ("95 % t-interval of the mean over the seeds", "Fewer seeds than others: Pix2Pix, batch32 (seeds 0, 1).", "seeds 0, 1, 2; commit",
+                     "Our winner: default, by FID (EfficientNet-Lite0), mean over the seeds (default: 0, 1, 2; batch32: 0, 1); its lead lies inside"):
+        assert sentence in said, sentence
+    assert "One training run each" not in said and "One training run each (seed 0)" in alone
+
+
+def save(table, folder):
+    (folder / "table.csv").write_text(table.csv())
+    return folder / "table.csv"
+
+
+def test_the_spread_over_seeds_decides(folders):
+    """Seed 0 alone would be sure of itself, by its intervals over images; so would three seeds that agree."""
+    baselines()
+    seeded("phase2", "pix2pix", "default", [60.0, 90.0, 61.0], days=5)
+    seeded("phase2", "coltran", "adam", [95.0, 96.0, 97.0], days=5)
+    sentence = lambda seeds: next(s for s in hypothesis_sentences(read_evidence("smoke", "embedded", 0, seeds=seeds)) if s.startswith(f"By {FID}"))
+    assert "Pix2Pix is best: 56.0 [54.0, 58.0]" in sentence(1)
+    assert "Pix2Pix leads with 66.3" in sentence(3) and "overlaps that of ColTran" in sentence(3)
+    seeded("phase2", "bbdm", "l2", [10.0, 11.0, 12.0], days=5, width=500.0, latent="f4", first_stage="own:1a2b3c")
+    assert "BBDM is best: 7.0 [4.5, 9.5]" in sentence(3), "wide intervals over images do not count"
+    sentences = hypothesis_sentences(read_evidence("smoke", "embedded", 0, seeds=3))
+    assert any(f"BBDM beats the gray image by {FID}: 7.0 [4.5, 9.5] against 104.0 [102.0, 106.0]" in s for s in sentences)
+    table = phase2_table(read_evidence("smoke", "embedded", 0, seeds=3))
+    assert table.view.loc[FID, ["Pix2Pix", "BBDM", "gray image"]].tolist() == ["66.3 ± 17.0 (3 seeds)", "7.0 ± 1.0 (3 seeds)", "104.0 [102.0, 106.0]"]
+
+
+def test_figure7_shows_the_seeds(folders):
+    seeded("phase2", "pix2pix", "default", [60.0, 90.0], days=5, seeds=[0, 1])
+    seeded("phase2", "pix2pix", "default", [63.0], days=2, seeds=[2])
+    seeded("phase2", "coltran", "adam", [95.0], days=5)
+    evidence = read_evidence("smoke", "embedded", 0, seeds=3)
+    figure = figure7(evidence)
+    pix2pix, coltran = figure.axes[0].lines[:2]
+    assert pix2pix.get_ydata().tolist() == [71, 70, 73, 72, 71] and coltran.get_ydata().tolist() == [95, 94, 93, 92, 91]
+    band = np.concatenate([p.vertices[:, 1] for c in figure.axes[0].collections for p in c.get_paths()])
+    assert np.isclose(band.max(), 73 + 450**0.5) and np.isclose(band.min(), 71 - 450**0.5), "one seed has no band"
+    said = figure._supxlabel.get_text().replace("\n", " ")
+    assert "Bands: plus and minus the standard deviation over the seeds" in said and "Fewer seeds than others: ColTran (seed 0)" in said
+    assert "seed 2 has reached day 2" in said and phase2_table(evidence).frame.set_index("entry").loc["Pix2Pix", "day"] == 2
+    picture = paper_figure("Figure 8", evidence)._supxlabel.get_text().replace("\n", " ")
+    assert "Pictures and their FIDs are of one training run each, not of all seeds (seed 0)" in picture
+
+
+def test_each_seed_has_parts_of_its_own(folders):
+    for seed in (0, 1):
+        part = part_run("coltran_color", "phase2", 60 + 20 * seed, 30.0 + seed, seed=seed, budget="60 steps")
+        sampling = f"norm=row, upsamplers=own:{part.path.name[-6:]}"
+        rows = [dict(day=1, sampling=sampling, lightness=l, **scores(80.0 + 2 * seed)) for l in ("model", "photograph")]
+        rows += [dict(r, sampling=sampling.replace("row", "image")) for r in rows]
+        run("phase2", "coltran", "default", rows, seed=seed, sampling=sampling, parts=dict(coltran_color=part.path.name[-6:]))
+    evidence = read_evidence("smoke", "embedded", 0, seeds=2)
+    assert not evidence.left_out
+    table = phase2_table(evidence)
+    assert table.view.loc[FID, ["ColTran", "ColTran, sampling norm=image"]].tolist() == ["81.0 ± 1.4 (2 seeds)"] * 2
+    assert "Sampling: norm=row, upsamplers=own." in table.notes
+    work = training_table(evidence)
+    assert work.view.loc["ColTran, color upsampler, phase 2", ["seeds", "steps", "time, h:mm:ss"]].tolist() == ["2", "70 [60, 80]", "0:00:30 [0:00:30, 0:00:31]"]
+
+
+PAGES = [lambda e: variants_table("Table I", e), phase2_table, training_table, times_table, steps_table, figure7, hypothesis_sentences, lambda e: paper_figure("Figure 8", e)]
+
+
+@pytest.mark.parametrize("other, said", [(dict(preset="laptop"), "preset laptop"), (dict(fingerprint="0ddba11"), "fingerprint 0ddba11"), (dict(side=16), "side 16")])
+def test_pages_refuse_mixed_runs(folders, other, said):
+    (ours,), (theirs,) = (seeded("phase2", m, v, [80.0], seeds=[0]) for m, v in (("pix2pix", "default"), ("coltran", "adam")))
+    for page in PAGES:
+        page(Evidence("smoke", "embedded", 0, {("phase2", "pix2pix", None): ours, ("phase2", "coltran", None): theirs}))
+    theirs.options |= {k: v for k, v in other.items() if k == "preset"} | dict(data=theirs.options["data"] | {k: v for k, v in other.items() if k != "preset"})
+    for page in PAGES:
+        with pytest.raises(ValueError) as error:
+            page(Evidence("smoke", "embedded", 0, {("phase2", "pix2pix", None): ours, ("phase2", "coltran", None): theirs}))
+        assert all(s in str(error.value) for s in (said, ours.path.name, theirs.path.name)), str(error.value)
+
+
+@pytest.mark.parametrize("other, said", [(dict(train=dict(batch_size=8)), "train.batch_size is 4 and 8"), (dict(train=dict(batch_size=4, lr=1)), "train.lr is None and 1"), (dict(budget="99 steps"), "budget is 300 steps and 99 steps")])
+def test_seeds_of_other_options_are_not_averaged(folders, other, said):
+    (first,), (second,) = seeded("phase2", "pix2pix", "default", [80.0], seeds=[0]), seeded("phase2", "pix2pix", "default", [80.0], seeds=[1], **other)
+    phase2_table(read_evidence("smoke", "embedded", 0)), phase2_table(read_evidence("smoke", "embedded", 1))
+    for page in (phase2_table, training_table, figure7, hypothesis_sentences):
+        with pytest.raises(ValueError) as error:
+            page(read_evidence("smoke", "embedded", 0, seeds=2))
+        assert all(s in str(error.value) for s in (said, first.path.name, second.path.name)), str(error.value)
+
+
+def test_seeds_of_other_variants_or_samplings_are_not_averaged(folders):
+    run("phase1", "pix2pix", "default", [dict(day=1, sampling="batch_norm=image", **scores(80.0))])
+    run("phase1", "pix2pix", "default", [dict(day=1, sampling="batch_norm=running", **scores(80.0))], seed=1)
+    with pytest.raises(ValueError, match="different sampling"):
+        variants_table("Table I", read_evidence("smoke", "embedded", 0, seeds=2))
+    seeded("phase2", "pix2pix", "default", [80.0], seeds=[0]), seeded("phase2", "pix2pix", "batch32", [80.0], seeds=[1])
+    with pytest.raises(ValueError, match="variant is default and batch32"):
+        phase2_table(read_evidence("smoke", "embedded", 0, seeds=2))
+
+
+class Judge(torch.nn.Module):
+    """A feature network that costs nothing: the mean colours of four quarters."""
+
+    label, num_features = "quarters", 12
+
+    def forward(self, rgb):
+        quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
+        return quarters, quarters.softmax(1)
+
+
+def in_this_process(notebook, **parameters):
+    """The notebook's code cells, with parameters in place of its own, without a kernel."""
+    namespace = {"display": lambda shown: None}
+    for cell in json.loads((repo_root() / "nbs" / f"{notebook}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+            namespace |= parameters if "parameters" in cell["metadata"].get("tags", []) else {}
+
+
+def test_the_phases_train_every_seed(folders, monkeypatch):
+    """Both notebooks, with two days in place of five and a judge that costs nothing."""
+    monkeypatch.setattr(faic.metrics, "efficientnet_lite0", lambda device: Judge())
+    monkeypatch.setattr(faic.presets, "DAYS", 2)
+    monkeypatch.setitem(faic.study.PHASE_DAYS, "phase2", 2)
+    given = dict(seed=3, seeds=2, budget="1 steps", device="cpu")
+    in_this_process("phase1", variants="default,lr-5e-4", **given)
+    runs = read_runs(phase="phase1", model="pix2pix")
+    assert sorted((r.options["variant"], r.options["seed"]) for r in runs) == [("default", 3), ("default", 4), ("lr-5e-4", 3), ("lr-5e-4", 4)]
+    mean = {v: np.mean([r.metrics()["FID (quarters)"].item() for r in runs if r.options["variant"] == v]) for v in ("default", "lr-5e-4")}
+    best = min(mean, key=mean.get)
+    (crowned,) = (r for r in runs if (r.path / "winner.json").exists())
+    winner = read_json(crowned.path / "winner.json")
+    assert (crowned.options["variant"], crowned.options["seed"], winner["variant"], winner["seeds"][best]) == (best, 3, best, [3, 4]) and np.isclose(winner["value"], mean[best])
+    (crowned.path / "winner.json").write_text("half of a fi")
+    in_this_process("phase2", **given)
+    assert sorted((r.options["variant"], r.options["seed"], len(r.metrics())) for r in read_runs(phase="phase2", model="pix2pix")) == [(best, 3, 2), (best, 4, 2)]
+    evidence = read_evidence("smoke", "embedded", 3, dict(phase1="1 steps", phase2="2 steps"), seeds=2)
+    for table, entry in ((variants_table("Table I", evidence), best), (phase2_table(evidence), "Pix2Pix")):
+        assert "± " in table.view.loc["FID (quarters)", entry] and "(2 seeds)" in table.view.loc["FID (quarters)", entry]
+        assert {f"{entry}, seed 3", f"{entry}, seed 4"} < set(table.frame["entry"])
