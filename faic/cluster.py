@@ -45,25 +45,30 @@ def study_jobs(
     budget:str='', # of each variant and day; '' takes the preset's
 )->list: # of Job, each after those that it waits for
     "The jobs of a study."
-    jobs, common = [], dict(preset=preset, data=data)
+    jobs, common, several = [], dict(preset=preset, data=data), len(seeds) > 1
+    for seed in seeds: jobs += _phase1_jobs(models, common | dict(seed=seed, budget=budget), f'-s{seed}'*several)
     for seed in seeds:
-        end = f'-s{seed}' if len(seeds) > 1 else ''
-        jobs += _seed_jobs(models, common | dict(seed=seed, budget=budget), end)
+        one = dict(seed=seeds[0], seeds=len(seeds), only_seed=str(seed)) if several else dict(seed=seed)
+        jobs += _phase2_jobs(models, common | one | dict(budget=budget), f'-s{seed}'*several, jobs)
     trained = tuple(j.name for j in jobs if j.notebook == 'phase2')
     last = dict(common, seed=seeds[0])
     jobs.append(Job('inference_time', 'inference_time', last, trained, 'afterany'))
-    return [*jobs, Job('results', 'results', last | dict(budget=budget), ('inference_time',), 'afterany', gpus=0)]
+    return [*jobs, Job('results', 'results', last | dict(budget=budget) | (dict(seeds=len(seeds)) if several else {}), ('inference_time',), 'afterany', gpus=0)]
 
-def _seed_jobs(models, common, end): # phases 1 and 2 of one seed
-    jobs, variants = [], {}
+def _named(notebook, parameters): return '-'.join([notebook, *map(str, parameters.values())])
+
+def _phase1_jobs(models, common, end): # of one seed: the parts of each model, and its variants, which wait for them
     for notebook, parameters, _ in plan(models):
-        model, name = parameters.get('model'), '-'.join([notebook, *map(str, parameters.values())])
-        if notebook == 'phase1':
-            first = Job(f'{name}-parts{end}', notebook, common | parameters | dict(variants='none'))
-            variants[model] = [Job(f'{name}-{v}{end}', notebook, common | parameters | dict(variants=v), (first.name,)) for v in PAPER_FID[model]]
-            jobs += [first, *variants[model]]
-        if notebook == 'phase2': jobs.append(Job(name + end, notebook, common | parameters, tuple(j.name for j in variants[model])))
-    return jobs
+        if notebook != 'phase1': continue
+        name = _named(notebook, parameters)
+        yield (first := Job(f'{name}-parts{end}', notebook, common | parameters | dict(variants='none')))
+        for v in PAPER_FID[parameters['model']]: yield Job(f'{name}-{v}{end}', notebook, common | parameters | dict(variants=v), (first.name,))
+
+def _phase2_jobs(models, common, end, phase1): # of one seed; all wait for all seeds' variants of the model, among which the winner is
+    for notebook, parameters, _ in plan(models):
+        if notebook != 'phase2': continue
+        waits = tuple(j.name for j in phase1 if j.notebook == 'phase1' and j.parameters['model'] == parameters['model'] and j.parameters['variants'] != 'none')
+        yield Job(_named(notebook, parameters) + end, notebook, common | parameters, waits)
 
 # %% ../nbs/33_cluster.ipynb #0ad0741c
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def trainings(job:Job)->list: # of Training, in order
     p, phase = job.parameters, job.notebook
     if phase not in ('phase1', 'phase2'): return []
     model, preset, stage = p['model'], p['preset'], p.get('first_stage', '')
-    day = day_budget(preset, p['budget'])
+    day = day_budget(preset, p['budget'], model, phase)
     part = lambda name, phase: Training(name, phase, model_options(name, preset), part_budget(preset, name, phase))
     if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model)]
     if phase == 'phase1': return [Training(model, phase, model_options(model, preset, p['variants']), day)]

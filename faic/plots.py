@@ -119,9 +119,9 @@ def _place(run):
 
 def _data(run): return run.options.get('data', {})
 
-def _other_budget(run, budgets):
+def _wanted_budget(run, budgets):
     o = run.options
-    return 'budget' in o and o['budget'] != budgets.get(o['phase'], o['budget'])
+    return budgets.get((o['phase'], o['model']), budgets.get(o['phase'], o.get('budget')))
 
 def _unused(run, runs): # is this a part, and do the runs of its seed name another one?
     o = run.options
@@ -138,7 +138,7 @@ def read_evidence(
     preset:str,
     data:str, # name of the data, e.g. 'embedded'
     seed:int, # of the runs, the first of several; baselines have none
-    budgets:dict={}, # phase -> budget that its runs must have; a phase that is not named takes any
+    budgets:dict={}, # phase, or (phase, model) -> budget that its runs must have; a phase that is not named takes any
     seeds:int=1, # how many: seed, seed + 1, ...
 )->Evidence:
     "Choose the runs of one preset, data set and budget, with one seed or several."
@@ -150,7 +150,7 @@ def read_evidence(
         place, name = _place(run), run.path.name
         at = place, run.options['seed']
         if _data(run)['fingerprint'] != wanted: why = f'other photographs: fingerprint {_data(run)["fingerprint"][:6]}, not {wanted[:6]}'
-        elif _other_budget(run, budgets): why = f'budget {run.options["budget"]}, not {budgets[run.options["phase"]]}'
+        elif 'budget' in run.options and run.options['budget'] != (wanted_budget := _wanted_budget(run, budgets)): why = f'budget {run.options["budget"]}, not {wanted_budget}'
         elif run.metrics().empty: why = 'not evaluated yet'
         elif _unused(run, taken.values()): why = 'the runs on this page use another'
         elif at in taken: why = f'{taken[at].path.name} is newer'

@@ -7,7 +7,7 @@ __all__ = ['PAPER', 'VQGANS', 'LATENTS', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_F
            'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'day_budget', 'paper_work',
            'part_budget', 'make_trainee', 'make_colorizer', 'usual_sampling', 'chosen_sampling', 'describe_sampling',
            'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name', 'at_least',
-           'given', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
+           'given', 'seed_or_empty', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
 
 # %% ../nbs/31_presets.ipynb #51f460f1
 import hashlib, math, re
@@ -310,6 +310,10 @@ def given(
     return check
 
 # %% ../nbs/31_presets.ipynb #19ce8d9c
+def seed_or_empty(value):
+    "A check: '' or a seed."
+    return whole(0)(value) if value != '' else value
+
 def boolean(value):
     "A check: true or false, also as papermill's -p hands them over."
     known = {'true': True, '1': True, 'false': False, '0': False}
@@ -334,7 +338,7 @@ def first_stage(
 
 # %% ../nbs/31_presets.ipynb #6f091763
 PARAMETERS = dict(
-    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), seeds=whole(1), variants=text, budget=budget_or_empty,
+    model=one_of(*MODELS), preset=one_of(*PRESETS), data=text, seed=whole(0), seeds=whole(1), only_seed=seed_or_empty, variants=text, budget=budget_or_empty,
     device=text, pieces=whole(1, 1024), workers=whole(1, 64), processes=whole(1, 64), watch=boolean,
     batch_norm=one_of('image', 'running'), temperature=at_least(0), norm=one_of('row', 'image'), upsamplers=text, pretrained=text,
     latent=one_of(*LATENTS), first_stage=text, sample_steps=sample_steps, eta=at_least(0),

@@ -1026,7 +1026,7 @@ def patient_kernels()->type:
 
 def executed(name:str, parameters:dict, folder:Path)->Path:
     "Where run_notebook leaves an executed notebook."
-    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'first_stage') if k in parameters)]).replace('/', '_') + '.ipynb')
+    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'first_stage', 'only_seed') if k in parameters)]).replace('/', '_') + '.ipynb')
 
 def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
     "The folder of a study's executed notebooks."
