@@ -13,8 +13,8 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_base
            'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of', 'time_call', 'time_stages',
            'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress', 'run_scores', 'run_error',
            'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook',
-           'patient_kernels', 'executed', 'study_folder', 'share_among', 'run_study', 'data_name', 'results_folder',
-           'Terminated', 'until_stopped', 'one_notebook', 'main']
+           'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name',
+           'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
@@ -275,7 +275,7 @@ def make_trainer(
     device,
     continues:Path=None, # see Trainer
     parts:dict={}, # name -> network, of the parts that the model needs
-    **how, # pieces, watch, peek, see Trainer: they change how the loop works, not what comes out
+    **how, # workers, pieces, watch, peek, see Trainer: they change how the loop works, not what comes out
 )->Trainer:
     "The trainer of a run, where its last checkpoint left it."
     refuse_other_data(run, photos)
@@ -312,7 +312,7 @@ def run_days(
     sampling:dict, # what changes answers but not weights, e.g. batch_norm
     device,
     parts:dict={}, # name -> network, of the parts that the model needs
-    **how, # pieces and watch, see Trainer
+    **how, # workers, pieces and watch, see Trainer
 )->Run:
     "Train the run day by day and evaluate it after each; continues where it was stopped."
     phase, before = run.options['phase'], len(parts) # which the notebook's bar has counted already
@@ -433,7 +433,7 @@ def train_part(
     photos:Photos,
     judge, # feature network of faic.metrics
     device,
-    **how, # pieces and watch, see Trainer
+    **how, # workers, pieces and watch, see Trainer
 )->Run:
     "The trained run of a part; says whether it was found or trained. Phase 2's continues phase 1's, which is trained first where it is not there."
     run = open_run(part_options(part, phase, preset, seed, photos), device, **said_with(photos))
@@ -524,7 +524,7 @@ def ready_parts(
     latent:str='f4', # of bbdm
     first_stage:str='', # of bbdm: '', 'plain' or a file
     others:int=1, # what the notebook does after this; for its bar
-    **how, # pieces and watch, see Trainer
+    **how, # workers, pieces and watch, see Trainer
 )->tuple: # (part -> network, sampling with the upsamplers' name)
     "The parts that a model needs: found, trained, or given."
     names = parts_of(model, latent, first_stage)
@@ -1054,10 +1054,16 @@ def share_among(
                     tqdm.refresh(bar)
                     time.sleep(.5)
             finally: group.terminate() # where it has not ended: they save and end
-        if group.returncode: raise RuntimeError(f'one of {processes} processes stopped: ' + (said.seek(0), said.read())[1].strip()[-2000:])
+        said.seek(0)
+        if group.returncode: raise RuntimeError(f'{processes} processes stopped: {reason_of(said.read())}')
 
 def _ends_with_its_parent():
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM) # see faic.train
+
+def reason_of(said:str)->str:
+    "What the first of several processes that stopped said; the others only say that it is gone."
+    reasons = re.findall(r' stopped:\n(.*?)\nThe whole notebook', said, re.S)
+    return next((r for r in reasons if 'Connection' not in r), said.strip()[-2000:])
 
 # %% ../nbs/32_study.ipynb #8959954e
 def run_study(

@@ -150,13 +150,14 @@ class Trainer:
         save_minutes:float=5, # between checkpoints, beside those at the end of a day
         continues:Path=None, # last.pt of a finished run of the same networks, to begin with; not looked at once this run has a checkpoint
         prepared=None, # (N,1 or 2,...), what the trainee derived from the photographs; see latent_batches
+        workers:int=1, # threads that cut the next batches; changes nothing but the speed of a cold disk
         pieces:int=1, # in which each batch goes through, one after the other: less memory, the same step
         watch:bool=False, # write losses and samples for TensorBoard, too
         peek=None, # function of the trainer: (n,H,W,3) uint8 samples for TensorBoard
     ):
         self.trainee, self.run, self.array, self.indices, self.prepared = trainee, run, array, indices, prepared
         self.budget, self.options, self.days, self.device, self.save_minutes = budget, options, days, device, save_minutes
-        self.pieces, self.watch_board, self.peek = pieces, watch, peek
+        self.workers, self.pieces, self.watch_board, self.peek = workers, pieces, watch, peek
         self.parts = {n: p.to(device).train() for n, p in trainee.parts().items()}
         self.norms = [m for p in self.parts.values() for m in share_norms(p)] if idist.get_world_size() > 1 else []
         self.parameters = {n: [q for q in p.parameters() if q.requires_grad] for n, p in self.parts.items()}
@@ -399,7 +400,7 @@ def memory_sentence(trainer:Trainer, error:Exception)->str:
 def day_batches(trainer:Trainer): # endless iterator
     "This process's share of the batches, from the present step on."
     t, o = trainer, trainer.options
-    where = dict(start_step=t.step, device=t.device, share=(idist.get_rank(), idist.get_world_size()))
+    where = dict(start_step=t.step, device=t.device, workers=t.workers, share=(idist.get_rank(), idist.get_world_size()))
     if t.prepared is not None: return latent_batches(t.prepared, t.indices, o['batch_size'], o['seed'], **where)
     return training_batches(t.array, t.indices, o['batch_size'], o['seed'], o['crop'], o['flip'], t.trainee.gray_kind, **where)
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
     train_day(t, 1)
     other = Wide()
     other.net = nn.Linear(1, 3)
-    with pytest.raises(TrainingStopped, match="of other networks than test-wide.*move .* away to train it again"):
+    with pytest.raises(TrainingStopped, match="(?s)of other networks than test-wide.*move .* away to train it again"):
         trainer(tmp_path / "runs", monkeypatch, other)
     assert t.day_weights(1).exists()
 
