@@ -15,7 +15,7 @@ def both(tmp_path_factory):
     out = tmp_path_factory.mktemp("together") / "two.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", together.__file__, str(out)]
     two = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    one = together.find_all()
+    one = together.find_all(out.with_suffix(".one"))
     said, _ = two.communicate()
     assert two.returncode == 0, said[-3000:]
     return json.loads(json.dumps(one)), json.loads(Path(out).read_text())
@@ -30,3 +30,9 @@ def test_two_processes_train_as_one(both, name):
         assert b == pytest.approx(a, rel=1e-8)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-8)
     assert one["losses"][-1] != pytest.approx(one["losses"][0], rel=1e-3), "nothing was learned"
+
+
+def test_two_processes_score_as_one(both):
+    """47 and 21 photographs: uneven shares, and not a digit more or less."""
+    one, two = (found["evaluation"] for found in both)
+    assert two == one and one["rows"]["model"]["n"] == 47 and len(one["samples"]) == 8

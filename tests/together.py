@@ -1,19 +1,23 @@
-"""Train every trainee for some steps, alone or as one of several processes, and write the losses and the last weights.
+"""Train every trainee for some steps and score a colorizer, alone or as one of several processes, and write what came out.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tests/together.py OUT.json [float32] [STEPS]
 """
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from faic.bbdm import BBDM
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
-from faic.core import Budget, Run, added_up, is_first, join_processes
+from faic.core import Budget, Run, added_up, drawn, is_first, join_processes
+from faic.data import load_photos
 from faic.pix2pix import Pix2Pix
+from faic.study import evaluate
 from faic.train import Trainer, day_batches, train_step
 from faic.vqgan import VQGAN
 
@@ -72,9 +76,35 @@ def train_all(dtype=torch.float64, steps=20):
         return {name: train(name, dtype, steps, Path(folder)) for name in TRAINEES}
 
 
+def score(folder):
+    """An evaluation of 48 photographs whose answers are drawn from the images' own generators; the second process gets fewer than the first."""
+    photos = load_photos()
+    few = replace(photos, parts=photos.parts | {part: photos.parts[part][:n] for part, n in (("test", 47), ("validation", 21))}, fingerprint="few" + photos.fingerprint)
+    noisy = lambda gray, generators: (gray + 0.1 * drawn(torch.randn, (len(gray), 3, *gray.shape[2:]), generators)).clamp(0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIC_RUNS", str(folder))
+        rows, samples = evaluate(noisy, few, "test", Judge(), copies_lightness=False, batch_size=10)
+    return dict(rows={v: {k: x for k, x in row.items() if "seconds" not in k} for v, row in rows.items()}, samples=samples.tolist())
+
+
+class Judge(torch.nn.Module):
+    """A feature network that costs nothing: the mean colours of four quarters."""
+
+    label, num_features = "quarters", 12
+
+    def forward(self, rgb):
+        quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
+        return quarters, quarters.softmax(1)
+
+
+def find_all(folder, dtype=torch.float64, steps=20):
+    """Everything, by name; every process needs the same folder."""
+    return train_all(dtype, steps) | dict(evaluation=score(folder))
+
+
 if __name__ == "__main__":
     join_processes(torch.device("cpu"))
     torch.set_num_threads(1)
-    found = train_all(torch.float32 if "float32" in sys.argv else torch.float64, next((int(a) for a in sys.argv[2:] if a.isdigit()), 20))
+    found = find_all(Path(sys.argv[1]).with_suffix(".runs"), torch.float32 if "float32" in sys.argv else torch.float64, next((int(a) for a in sys.argv[2:] if a.isdigit()), 20))
     if is_first():
         Path(sys.argv[1]).write_text(json.dumps(found))
