@@ -394,10 +394,10 @@ class progress(tqdm):
 
     def _mirror(self, state):
         mirror, depth = os.environ.get('FAIC_PROGRESS'), getattr(self, '_depth', None)
-        if not mirror: return
+        if not mirror or not is_first(): return
         if depth is None: depth = self._depth = len(self.live)
         if state: self.live[depth] = state
         else: self.live.pop(depth, None)
-        part = f'{mirror}.part'
+        part = f'{mirror}.{os.getpid()}.part'
         Path(part).write_text(json.dumps(self.live))
         os.replace(part, mirror)

@@ -1045,7 +1045,7 @@ def share_among(
     words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'faic.study', 'notebook', name, *words]
     with tempfile.TemporaryDirectory() as d, progress(total=1, desc=f'{processes} processes', leave=False) as bar, open(f'{d}/said', 'w+') as said:
-        mirror = Path(os.environ.get('FAIC_PROGRESS', f'{d}/bars.json'))
+        mirror = Path(d)/'bars.json'
         environment = os.environ | dict(FAIC_PROGRESS=str(mirror), OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count()//processes))))
         with subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, preexec_fn=_ends_with_its_parent) as group:
             try:
