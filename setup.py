@@ -20,6 +20,6 @@ setup(
     packages=find_packages(include=["faic", "faic.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster")},
+    extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster", "watch")},
     entry_points={"nbdev": [f"faic={settings['lib_path']}._modidx:d"]},
 )

@@ -91,7 +91,7 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     plain = lambda spec: re.split(r"[<>=!~\[]", spec)[0].lower().replace("_", "-")
-    named = {plain(s) for key in ("requirements", "dev_requirements", "cluster_requirements") for s in shlex.split(config["DEFAULT"][key])}
+    named = {plain(s) for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements") for s in shlex.split(config["DEFAULT"][key])}
     pinned = {plain(l) for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
 
