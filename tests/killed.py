@@ -22,7 +22,7 @@ STEPS = 60  # a part; a day has a third of that
 
 def work(model):
     """Phase 2 of a model, in this process; says when the imports are over."""
-    import torch
+    from phases import Judge
 
     import faic.study
     import faic.train
@@ -30,15 +30,6 @@ def work(model):
     from faic.data import load_photos
     from faic.presets import PARTS, PRESETS, usual_sampling
     from faic.study import ready_parts, run_days, study_run
-
-    class Judge(torch.nn.Module):
-        """A feature network that costs nothing: the mean colours of four quarters."""
-
-        label, num_features = "quarters", 12
-
-        def forward(self, rgb):
-            quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
-            return quarters, quarters.softmax(1)
 
     class Saving(faic.study.Trainer):
         def __init__(self, *args, **kwargs):

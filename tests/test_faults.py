@@ -1,9 +1,7 @@
 """What days of training meet: full and read-only disks, too little memory, damaged and foreign checkpoints. Nothing that was finished is lost."""
 import contextlib
 import errno
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest

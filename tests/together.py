@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from phases import Judge
 
 from faic.bbdm import BBDM
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
@@ -85,16 +86,6 @@ def score(folder):
         patch.setenv("FAIC_RUNS", str(folder))
         rows, samples = evaluate(noisy, few, "test", Judge(), copies_lightness=False, batch_size=10)
     return dict(rows={v: {k: x for k, x in row.items() if "seconds" not in k} for v, row in rows.items()}, samples=samples.tolist())
-
-
-class Judge(torch.nn.Module):
-    """A feature network that costs nothing: the mean colours of four quarters."""
-
-    label, num_features = "quarters", 12
-
-    def forward(self, rgb):
-        quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
-        return quarters, quarters.softmax(1)
 
 
 def find_all(folder, dtype=torch.float64, steps=20):

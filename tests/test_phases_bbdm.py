@@ -1,0 +1,114 @@
+"""BBDM in the phases: a part that training itself needs, latents that are prepared once, samplings that differ in steps."""
+import shutil
+
+import numpy as np
+import pytest
+from phases import CPU, TINY, Judge, colorized, copy_runs, interrupt, papermill, printed, same
+from PIL import Image
+from safetensors.torch import load_file
+
+import faic.bbdm
+import faic.vqgan
+from faic.core import Budget, read_runs, runs_dir
+from faic.data import load_photos
+from faic.presets import PARTS, PRESETS, notebook_parameters
+from faic.study import find_parts, ready_parts, run_days, study_run
+
+
+@pytest.fixture(scope="module")
+def bbdm(tmp_path_factory):
+    """Phase 2 of BBDM alone; its folder has runs/ and the executed notebook."""
+    folder = tmp_path_factory.mktemp("bbdm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIC_RUNS", str(folder / "runs"))
+        done = papermill("phase2", folder, model="bbdm", sample_steps=3, **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def bbdm_runs(bbdm, tmp_path, monkeypatch):
+    copy_runs(bbdm, tmp_path, monkeypatch)
+    return bbdm
+
+
+def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
+    said = printed(bbdm_runs)
+    first, second = (read_runs(phase="part", model="vqgan_f4", of=phase)[0] for phase in ("phase1", "phase2"))
+    assert second.events()[0]["run"] == first.path.name
+    for r, part in ((first, "validation"), (second, "test")):
+        m = r.metrics()
+        assert m["part"].tolist() == [part] * 2 and m["lightness"].tolist() == ["model", "photograph"]
+        assert 0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0] and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
+    (run,) = read_runs(phase="phase2", model="bbdm")
+    assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{second.path.name[-6:]}")
+    (file,) = runs_dir().glob("data-embedded-*/*.f16")
+    assert file.stat().st_size == 2 * 120 * 6 * 16 * 16 and "latents of train: made" in said
+    table = run.metrics()
+    assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["sampling"].unique().tolist() == ["eta=1, sample_steps=3"]
+    assert table["step"].tolist() == [3, 3, 6, 6, 9, 9, 12, 12, 15, 15]
+
+
+def test_more_steps_are_rows_of_the_same_run(bbdm_runs):
+    (run,) = read_runs(phase="phase2", model="bbdm")
+    kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")}
+    parts = find_parts(run, dict(sample_steps=4, eta=0.0), CPU)
+    run_days(run, load_photos(), Judge(), dict(sample_steps=4, eta=0.0), CPU, parts)
+    assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {"eta=0, sample_steps=4": 5, "eta=1, sample_steps=3": 5}
+    assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
+
+
+@pytest.mark.parametrize("stage", ["first stage", "bbdm"])
+def test_an_interrupted_bbdm_ends_the_same(bbdm, stage, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, in its first stage or in its own training; the whole runs are phase 2's of the fixture."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    owner, stop = (faic.vqgan.VQGAN, 100 + 60) if stage == "first stage" else (faic.bbdm.BBDM, 8)
+    if stage == "bbdm":
+        for folder in (bbdm / "runs").glob("part-*"):
+            shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    photos = load_photos()
+
+    def phase2():
+        parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+        return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, parts)
+
+    interrupt(monkeypatch, owner, stop, phase2)
+    run = phase2()
+    parts = [r.path.name for r in read_runs(phase="part")]
+    assert len(parts) == 2 and parts == sorted(f.name for f in (bbdm / "runs").glob("part-*"))
+    for name in [f"{p}/day-1.safetensors" for p in parts] + [f"{run.path.name}/day-{d}.safetensors" for d in range(1, 6)]:
+        assert same(load_file(tmp_path / "runs" / name), load_file(bbdm / "runs" / name)), name
+
+
+@pytest.mark.parametrize("latent", ["f4", "f8", "none"])
+def test_other_spaces_train_and_colorize(latent, tmp_path, monkeypatch):
+    """A given first stage, another factor, and no latent space at all."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("2 steps", "2 steps")))
+    photos, stage = load_photos(), ""
+    if latent == "f4":
+        stage = str(tmp_path / "model.ckpt")
+        faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage)
+    parts, sampling = ready_parts("bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage)
+    run = study_run("phase1", "bbdm", "default", "smoke", 0, photos, Budget(2, "steps"), CPU, latent, stage)
+    run_days(run, photos, Judge(), sampling, CPU, parts)
+    assert run.options["first_stage"].split(":")[0] == dict(f4="given", f8="own", none="")[latent]
+    assert len(read_runs(phase="part")) == (latent == "f8") and len(parts) == (latent != "none")
+    assert run.metrics()["lightness"].tolist() == ["model", "photograph"]
+    assert bool(list(runs_dir().glob("data-embedded-*/*.f16"))) == (latent != "none")
+
+
+def test_first_stages_that_do_not_fit_are_refused_at_once(tmp_path):
+    file = tmp_path / "model.ckpt"
+    faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1), num_res_blocks=1, n_embed=16), file)
+    for stage, latent, said in ((file, "f4", "by the factor 2"), (tmp_path / "no.ckpt", "f4", "is no file"), ("plain", "none", "has no first stage"), (__file__, "f8", "is no VQGAN")):
+        given_ = dict(model="bbdm", preset="smoke", latent=latent, first_stage=str(stage), sample_steps=2)
+        with pytest.raises(ValueError) as error:
+            notebook_parameters(given_, *given_)
+        assert said in str(error.value) and "3 to 1000" in str(error.value)
+
+
+def test_colorize_with_bbdm(bbdm_runs):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8))
+    result = colorized(photo, sample_steps=3)
+    assert result.size == (90, 70) and result.mode == "RGB"

@@ -1,0 +1,199 @@
+"""ColTran in the phases: a model with parts. Phase 2 comes first here, on a fresh folder of runs, so that it has to train phase 1's parts itself."""
+import ast
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from phases import CPU, NBS, TINY, Judge, colorized, copy_runs, interrupt, papermill, printed, same, small_parts, weights
+from PIL import Image
+from safetensors.torch import load_file
+
+import faic.coltran
+from faic.coltran import Colorizer, Upsampler
+from faic.core import check_params, read_runs, runs_dir
+from faic.data import load_photos
+from faic.plots import main_rows
+from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given
+from faic.study import find_parts, ready_parts, run_days, run_pretrained, train_part
+from faic.train import TrainingStopped
+
+
+@pytest.fixture(scope="module")
+def coltran(tmp_path_factory):
+    """Phase 2 of ColTran alone; its folder has runs/ and the executed notebook."""
+    folder = tmp_path_factory.mktemp("coltran")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAIC_RUNS", str(folder / "runs"))
+        done = papermill("phase2", folder, model="coltran", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def coltran_runs(coltran, monkeypatch):
+    monkeypatch.setenv("FAIC_RUNS", str(coltran / "runs"))
+    return coltran
+
+
+@pytest.fixture
+def copied_runs(coltran, tmp_path, monkeypatch):
+    return copy_runs(coltran, tmp_path, monkeypatch)
+
+
+def test_phase2_alone_trains_the_parts_of_both_phases(coltran_runs):
+    said = printed(coltran_runs)
+    for part in PARTS["coltran"]:
+        first, second = (read_runs(phase="part", model=part, of=phase)[0] for phase in ("phase1", "phase2"))
+        steps, more = (int(PRESETS["smoke"]["parts"][part][i].split()[0]) for i in (0, 1))
+        assert (first.options["data"]["train"], second.options["data"]["train"]) == (72, 120), "phase 1's part sees phase 1's photographs only"
+        assert (first.metrics()["step"].item(), second.metrics()["step"].item()) == (steps, more) and 0 < first.metrics()["bits"].item() < 10
+        begun = second.events()[0]
+        assert (begun["event"], begun["run"], begun["steps"]) == ("continues", first.path.name, steps)
+        assert f"{part}: trained {first.path.name}: {steps} steps on the 72 photographs" in said
+        assert f"{part}: trained, after {steps} steps of phase 1, {second.path.name}: {more} steps on the 120 photographs" in said
+
+
+def test_each_day_has_a_row_for_either_lightness(coltran_runs):
+    (run,) = read_runs(phase="phase2", model="coltran")
+    assert run.options["variant"] == "factor-0.9", "the paper's winner, as phase 1 was not run"
+    table = run.metrics()
+    assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["lightness"].tolist() == ["model", "photograph"] * 5
+    (sampling,) = table["sampling"].unique()
+    own = "+".join(read_runs(phase="part", model=p, of="phase2")[0].path.name[-6:] for p in PARTS["coltran"])
+    assert sampling == f"norm=row, temperature=1, upsamplers=own:{own}" == run.options["made"]["sampling"]
+    assert main_rows(run)["lightness"].tolist() == ["model"] * 5
+    assert (table.groupby("lightness")["PSNR"].mean().diff().dropna() > 0).all(), "a copied lightness raises the PSNR"
+    assert len({np.load(f).tobytes() for f in run.path.glob("samples/day-*.npy")}) == 5
+
+
+def test_phase1_finds_the_parts_and_trains_only_the_variants(coltran_runs, tmp_path):
+    before = {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
+    done = papermill("phase1", tmp_path, model="coltran", variants="default,mix-0.9", **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert before == {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
+    assert printed(tmp_path).count(": found part-coltran_") == 2
+    runs = read_runs(phase="phase1", model="coltran")
+    assert sorted((r.options["variant"], r.options["train"]["auto_weight"], r.options["train"]["aux_weight"]) for r in runs) == [("default", 0.99, 0.01), ("mix-0.9", 0.9, 0.1)]
+    assert sum((r.path / "winner.json").exists() for r in runs) == 1
+
+
+def test_a_part_does_not_depend_on_which_notebook_was_first(coltran, tmp_path, monkeypatch):
+    """Phase 1's notebook and then phase 2's, against phase 2 alone."""
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    photos = load_photos()
+    first, second = (train_part("coltran_color", phase, "smoke", 0, photos, Judge(), CPU) for phase in ("phase1", "phase2"))
+    for run in (first, second):
+        alone = load_file(coltran / "runs" / run.path.name / "day-1.safetensors")
+        assert same(weights(run), alone)
+    assert not same(weights(first), weights(second))
+
+
+def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
+    """Stopped in phase 2, between two checkpoints; started again, it needs phase 1's run no more."""
+    small_parts(monkeypatch, 60)
+    photos = load_photos()
+    train = lambda: train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
+    whole = train()
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "stopped"))
+    interrupt(monkeypatch, faic.coltran.ColTranColor, 60 + 40, train)
+    (stopped,) = read_runs(of="phase2")
+    assert torch.load(stopped.path / "last.pt")["step"] == 25 and not (stopped.path / "day-1.safetensors").exists()
+    shutil.rmtree(read_runs(of="phase1")[0].path)
+    again = train()
+    assert again.path.name == whole.path.name and same(weights(again), weights(whole))
+    assert [e for e in again.events() if "seconds" not in e] == [e for e in whole.events() if "seconds" not in e]
+
+
+def test_a_part_whose_beginning_is_gone_says_so(tmp_path, monkeypatch):
+    small_parts(monkeypatch, 2)
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    photos = load_photos()
+    first = train_part("coltran_color", "phase1", "smoke", 0, photos, Judge(), CPU)
+    (first.path / "last.pt").unlink()
+    with pytest.raises(TrainingStopped, match="is missing; restore it, or move its folder away"):
+        train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A folder with TensorFlow checkpoints of small networks for 64x64, made by the writer in the ColTran notebook."""
+    cells = json.loads((NBS / "21_coltran.ipynb").read_text())["cells"]
+    wanted = {"as_varint", "write_table", "write_checkpoint", "write_official"}
+    trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code" and any(f"def {w}(" in "".join(c["source"]) for w in wanted)]
+    namespace = dict(vars(faic.coltran), np=np, rng=np.random.default_rng(0))
+    functions = [f for t in trees for f in t.body if isinstance(f, ast.FunctionDef) and f.name in wanted]
+    exec(compile(ast.Module(functions, []), "writer", "exec"), namespace)
+    folder = tmp_path_factory.mktemp("official")
+    nets = dict(colorizer=Colorizer(16, 16, 8, 2, 8), color_upsampler=Upsampler("color", 16, 16, 8, 2, 8), spatial_upsampler=Upsampler("spatial", 64, 64, 8, 2, 8))
+    for name, net in nets.items():
+        namespace["write_official"](folder / name, net)
+    return folder
+
+
+def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, official):
+    (run,) = read_runs(phase="phase2", model="coltran")
+    kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl")}
+    photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
+    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
+    run_days(run, photos, Judge(), sampling, CPU, parts)
+    rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
+    assert list(rows.values()) == [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5]] * 2 and sum("upsamplers=official:" in name for name in rows) == 1
+    assert "upsamplers=own:" in main_rows(run)["sampling"].unique().item(), "the tables use the model's own parts"
+    assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
+    assert len(list(run.path.glob("samples/day-*.npy"))) == 10
+
+
+def test_one_given_upsampler_and_one_of_ours(copied_runs, official, tmp_path):
+    shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
+    photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
+    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
+    own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
+    assert list(parts) == list(own) and parts["coltran_color"].head.in_features == 8, "the given color upsampler ..."
+    assert torch.equal(parts["coltran_spatial"].head.weight, own["coltran_spatial"].head.weight), "... with our spatial one"
+    (spatial,) = [r.path.name[-6:] for r in read_runs(phase="part", model="coltran_spatial", of="phase2")]
+    assert sampling["upsamplers"].startswith("official:") and sampling["upsamplers"].endswith(f"+own:{spatial}")
+
+
+def test_a_given_model_is_scored_once_beside_ours(official, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    photos = load_photos()
+    for _ in range(2):
+        run = run_pretrained("coltran", f"official:{official}", "smoke", 0, photos, Judge(), SAMPLING["coltran"] | dict(temperature=0.0), CPU)
+    assert run.path.name.startswith("phase2-coltran-pretrained-smoke-s0-")
+    assert run.metrics()["lightness"].tolist() == ["model", "photograph"] and (run.metrics()["day"] == 1).all()
+    assert run.metrics()["sampling"].iloc[0].startswith("norm=row, temperature=0, upsamplers=official:")
+    assert not read_runs(phase="part"), "a given model needs no parts of ours"
+
+
+def test_given_checkpoints_are_looked_at_first(official, tmp_path):
+    def refused(value, networks=UPSAMPLERS, side=64):
+        with pytest.raises(ValueError) as error:
+            check_params(dict(upsamplers=value), upsamplers=given("own", networks, side))
+        return str(error.value)
+
+    assert given("own", ("colorizer", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
+    assert "color_upsampler is for 16x16 pixels, not 64x64" in refused(f"official:{official}", side=256)
+    assert "need the preset paper" in refused(f"official:{official}", side=256)
+    shutil.copytree(official, tmp_path / "cut")
+    (data,) = (tmp_path / "cut" / "spatial_upsampler").glob("*.data-00002*")
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "is cut off" in refused(f"official:{tmp_path / 'cut'}")
+    assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("colorizer", *UPSAMPLERS))
+
+
+def test_colorize_with_coltran(coltran_runs):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8))
+    result = colorized(photo, "square")
+    assert result.size == (64, 64) and result.mode == "RGB"
+
+
+def test_a_run_without_its_parts_says_what_is_missing(copied_runs):
+    (run,) = read_runs(phase="phase2", model="coltran")
+    assert find_parts(run, SAMPLING["coltran"], CPU).keys() == set(PARTS["coltran"])
+    for folder in runs_dir().glob("part-coltran_spatial-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="needs its part coltran_spatial"):
+        find_parts(run, SAMPLING["coltran"], CPU)
