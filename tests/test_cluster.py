@@ -193,14 +193,15 @@ def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
 # What the command line is told.
 
 
-def test_seeds_are_jobs_of_their_own():
-    jobs = study_jobs("smoke", models=("pix2pix",), seeds=(0, 1, 2))
-    assert len({j.name for j in jobs}) == len(jobs) == 3 * 6 + 2
+def test_seeds_are_jobs_of_their_own_and_share_a_winner():
+    jobs = {j.name: j for j in study_jobs("smoke", models=("pix2pix",), seeds=(0, 1, 2))}
+    assert len(jobs) == 3 * 6 + 2
+    variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in PAPER_FID["pix2pix"]]
     for seed in (0, 1, 2):
-        names = {j.name for j in jobs if j.parameters["seed"] == seed and j.notebook != "inference_time" and j.notebook != "results"}
-        assert all(set(j.waits_for) <= names for j in jobs if j.name in names), "a seed's chain does not wait for another seed's"
-    assert {n for j in jobs[-2:-1] for n in j.waits_for} == {f"phase2-pix2pix-s{s}" for s in (0, 1, 2)}
-    assert all(j.parameters["variants"] in ("none", *PAPER_FID["pix2pix"]) for j in jobs if j.notebook == "phase1")
+        assert all(jobs[v].waits_for == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed for v in variants if v.endswith(f"s{seed}"))
+        last = jobs[f"phase2-pix2pix-s{seed}"]
+        assert last.waits_for == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
+    assert jobs["inference_time"].waits_for == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2)) and jobs["results"].parameters["seeds"] == 3
 
 
 @pytest.mark.parametrize(
