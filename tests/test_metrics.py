@@ -328,8 +328,8 @@ def test_lite0_is_frozen_named_and_the_packages_network(lite0):
     from efficientnet_lite_pytorch import EfficientNet
     assert (lite0.label, lite0.num_features, lite0.training) == ('EfficientNet-Lite0', 1280, False)
     assert not any(p.requires_grad for p in lite0.parameters())
-    assert sum(p.numel() for p in lite0.parameters()) == 4_652_008
     net = EfficientNet.from_name('efficientnet-lite0').eval()
+    assert sum(p.numel() for p in net.parameters()) == 4_652_008
     net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     x = photos(224)
     with torch.no_grad(): expected = net((x*255 - 127)/128).softmax(1)
