@@ -582,8 +582,8 @@ class Batch(Mapping):
 def _batches(
     cut, # function of an item of steps: array with a row an image, index array (B,)
     steps, # iterable: what tells `cut` which batch to cut
-    make, # function of (index, rows), tensors on the device: the batch, which keeps nothing of rows
-    device, # where the batch goes
+    make, # function of (index, on the CPU, and rows, on the device): the batch, which keeps nothing of rows
+    device, # where the pixels go
     workers:int=1, # threads
 ): # yields batches; while one is used, `workers` more are being cut
     steps, ahead = iter(steps), deque()
@@ -592,8 +592,8 @@ def _batches(
             ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, workers))
             while ahead:
                 ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, 1))
-                rows, index = (torch.from_numpy(x).to(device) for x in ahead.popleft().result())
-                yield make(index, rows)
+                rows, index = map(torch.from_numpy, ahead.popleft().result())
+                yield make(index, rows.to(device)) # the index is for the host: it names random numbers
         finally:
             for later in ahead: later.cancel()
 

@@ -208,6 +208,7 @@ def begin(
     else:
         if is_first(): (t.run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
         if continues: continue_from(t, continues)
+    if t.pieces*idist.get_world_size() > 1: note(t, event='divided', step=t.step, pieces=t.pieces, processes=idist.get_world_size())
 
 def check_room(
     trainer:Trainer,
@@ -257,7 +258,7 @@ def train_step(trainer:Trainer, batch)->dict: # part -> loss, still tensors; of 
     "Take in one batch: gradients of every part, and a step of its optimizer where enough batches have been summed up."
     t, o, losses = trainer, trainer.options, {}
     factor, pieces = learning_rate_factor(t), pieces_of(t, batch)
-    running = [iter(t.trainee.losses(p, [generator_for(o['seed'], 'training', t.behind + t.step, int(i)) for i in p['index']])) for p in pieces]
+    running = [iter(t.trainee.losses(p, [generator_for(o['seed'], 'training', t.behind + t.step, i) for i in p['index'].tolist()])) for p in pieces]
     terms = [{} for _ in pieces]
     while True:
         part, total = None, 0.

@@ -41,6 +41,7 @@ def runs(tmp_path, monkeypatch):
 # On this machine.
 
 
+@pytest.mark.slow  # three kernels
 def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
     """Parts, then a variant, in two processes; the variant gets SLURM's warning in its training and is started again."""
     jobs = [j for j in study_jobs("smoke", models=("pix2pix",), budget="60 steps") if j.name in ("phase1-pix2pix-parts", "phase1-pix2pix-default")]

@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again(phase2, tmp_path):
 
 
 def test_another_sampling_is_a_row_of_its_own(phase2, tmp_path, monkeypatch):
-    copy_runs(runs_dir(), tmp_path, monkeypatch)
+    copy_runs(runs_dir().parent, tmp_path, monkeypatch)
     (run,) = read_runs(phase="phase2", model="pix2pix")
     pictures = {f: f.read_bytes() for f in run.path.glob("samples/*")}
     run_days(run, load_photos(), Judge(), dict(batch_norm="running"), CPU)
