@@ -5,7 +5,7 @@ import tempfile
 FOLDERS = tempfile.TemporaryDirectory(prefix="faic-tests-")
 os.environ["FAIC_RUNS"] = f"{FOLDERS.name}/runs"
 os.environ["FAIC_FIGURES"] = f"{FOLDERS.name}/figures"
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 
 def pytest_configure(config):
