@@ -741,18 +741,23 @@ def matrix_rate(
     dtype=torch.float32, # or torch.bfloat16
     times:int=5, # the best of these
 )->float: # FLOP a second
-    "The rate of a large matrix product; in float32 with TF32 where convolutions use it."
+    "The rate of a large matrix product, in float32 with TF32 where convolutions use it; of a small one, where a machine only imitates the dtype and a large one would take minutes."
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     size = 8192 if device.type == 'cuda' else 2048
+    rate = _product_rate(256, device, dtype, 2)
+    if 2*size**3/rate < 5: rate = _product_rate(size, device, dtype, times)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    return rate
+
+def _product_rate(size, device, dtype, times):
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    best, tf32 = 0., torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    best = 0.
     for _ in range(times):
         _synchronize(device)
         start = time.perf_counter()
         a @ b
         _synchronize(device)
         best = max(best, 2*size**3/(time.perf_counter() - start))
-    torch.backends.cuda.matmul.allow_tf32 = tf32
     return best
 
 # %% ../nbs/32_study.ipynb #1892987a
