@@ -105,11 +105,11 @@ def _both(budget, further=None): return dict.fromkeys(VQGANS, (budget, further o
 # %% ../nbs/31_presets.ipynb #56f63958
 PRESETS = {
     'smoke': dict(
-        budget='100 steps', parts={'coltran_color': ('100 steps', '100 steps'), 'coltran_spatial': ('40 steps', '40 steps')} | _both('100 steps'),
+        budget='100 steps', parts={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')} | _both('50 steps'),
         sampling={'bbdm': dict(sample_steps=10)},
         changes={'pix2pix': dict(side=64, load_side=72, width=16)} | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
-                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=50, batch_size=2, lr=1e-3))),
+                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25, batch_size=2, lr=1e-3))),
     'laptop': dict(
         budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'),
         sampling={'bbdm': dict(sample_steps=50)},

@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from phases import CPU, TINY, Judge, colorized, copy_runs, interrupt, papermill, printed, same
+from phases import CPU, TINY, Judge, colorized, copy_runs, interrupt, papermill, printed, same, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -58,26 +58,38 @@ def test_more_steps_are_rows_of_the_same_run(bbdm_runs):
     assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
 
 
-@pytest.mark.parametrize("stage", ["first stage", "bbdm"])
-def test_an_interrupted_bbdm_ends_the_same(bbdm, stage, tmp_path, monkeypatch):
-    """Stopped between two checkpoints, in its first stage or in its own training; the whole runs are phase 2's of the fixture."""
+def test_an_interrupted_bbdm_ends_the_same(bbdm, tmp_path, monkeypatch):
+    """Stopped between two checkpoints; the whole run is phase 2's of the fixture."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    owner, stop = (faic.vqgan.VQGAN, 100 + 60) if stage == "first stage" else (faic.bbdm.BBDM, 8)
-    if stage == "bbdm":
-        for folder in (bbdm / "runs").glob("part-*"):
-            shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    for folder in (bbdm / "runs").glob("part-*"):
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
     photos = load_photos()
 
     def phase2():
         parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
         return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, parts)
 
-    interrupt(monkeypatch, owner, stop, phase2)
+    interrupt(monkeypatch, faic.bbdm.BBDM, 8, phase2)
     run = phase2()
-    parts = [r.path.name for r in read_runs(phase="part")]
-    assert len(parts) == 2 and parts == sorted(f.name for f in (bbdm / "runs").glob("part-*"))
-    for name in [f"{p}/day-1.safetensors" for p in parts] + [f"{run.path.name}/day-{d}.safetensors" for d in range(1, 6)]:
-        assert same(load_file(tmp_path / "runs" / name), load_file(bbdm / "runs" / name)), name
+    assert len(read_runs(phase="part")) == 2
+    for day in range(1, 6):
+        assert same(*(load_file(runs / run.path.name / f"day-{day}.safetensors") for runs in (tmp_path / "runs", bbdm / "runs"))), day
+
+
+def test_an_interrupted_first_stage_ends_the_same(tmp_path, monkeypatch):
+    """Stopped in phase 2, after its discriminator has begun and between two checkpoints."""
+    monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("15 steps", "15 steps")))
+    photos = load_photos()
+    parts = lambda: ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
+    parts()
+    whole = {r.path.name: weights(r) for r in read_runs(phase="part")}
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "cut"))
+    interrupt(monkeypatch, faic.vqgan.VQGAN, 15 + 13, parts)
+    parts()
+    again = {r.path.name: weights(r) for r in read_runs(phase="part")}
+    assert len(whole) == 2 and all(same(again[name], whole[name]) for name in whole)
+    assert max(int(w["D.steps"]) for w in whole.values()) == 30 > PRESETS["smoke"]["changes"]["vqgan_f4"]["disc_start"]
 
 
 @pytest.mark.parametrize("latent", ["f4", "f8", "none"])
