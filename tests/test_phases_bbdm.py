@@ -16,12 +16,12 @@ from faic.study import find_parts, ready_parts, run_days, study_run
 
 
 @pytest.fixture(scope="module")
-def bbdm(tmp_path_factory):
+def bbdm(photographs, tmp_path_factory):
     """Phase 2 of BBDM alone; its folder has runs/ and the executed notebook."""
     folder = tmp_path_factory.mktemp("bbdm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAIC_RUNS", str(folder / "runs"))
-        done = papermill("phase2", folder, model="bbdm", sample_steps=3, **TINY)
+        done = papermill("phase2", folder, model="bbdm", sample_steps=3, data=photographs, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -42,28 +42,28 @@ def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
         assert 0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0] and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
     (run,) = read_runs(phase="phase2", model="bbdm")
     assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{second.path.name[-6:]}")
-    (file,) = runs_dir().glob("data-embedded-*/*.f16")
-    assert file.stat().st_size == 2 * 120 * 6 * 16 * 16 and "latents of train: made" in said
+    (file,) = runs_dir().glob("data-photographs-*/*.f16")
+    assert file.stat().st_size == 2 * 66 * 6 * 16 * 16 and "latents of train: made" in said
     table = run.metrics()
     assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["sampling"].unique().tolist() == ["eta=1, sample_steps=3"]
     assert table["step"].tolist() == [3, 3, 6, 6, 9, 9, 12, 12, 15, 15]
 
 
-def test_more_steps_are_rows_of_the_same_run(bbdm_runs):
+def test_more_steps_are_rows_of_the_same_run(photographs, bbdm_runs):
     (run,) = read_runs(phase="phase2", model="bbdm")
     kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")}
     parts = find_parts(run, dict(sample_steps=4, eta=0.0), CPU)
-    run_days(run, load_photos(), Judge(), dict(sample_steps=4, eta=0.0), CPU, parts)
+    run_days(run, load_photos(photographs), Judge(), dict(sample_steps=4, eta=0.0), CPU, parts)
     assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {"eta=0, sample_steps=4": 5, "eta=1, sample_steps=3": 5}
     assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
 
 
-def test_an_interrupted_bbdm_ends_the_same(bbdm, tmp_path, monkeypatch):
+def test_an_interrupted_bbdm_ends_the_same(photographs, bbdm, tmp_path, monkeypatch):
     """Stopped between two checkpoints; the whole run is phase 2's of the fixture."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     for folder in (bbdm / "runs").glob("part-*"):
         shutil.copytree(folder, tmp_path / "runs" / folder.name)
-    photos = load_photos()
+    photos = load_photos(photographs)
 
     def phase2():
         parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
@@ -76,10 +76,10 @@ def test_an_interrupted_bbdm_ends_the_same(bbdm, tmp_path, monkeypatch):
         assert same(*(load_file(runs / run.path.name / f"day-{day}.safetensors") for runs in (tmp_path / "runs", bbdm / "runs"))), day
 
 
-def test_an_interrupted_first_stage_ends_the_same(tmp_path, monkeypatch):
+def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, after its discriminator has begun and between two checkpoints."""
     monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("15 steps", "15 steps")))
-    photos = load_photos()
+    photos = load_photos(photographs)
     parts = lambda: ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
     parts()
@@ -93,11 +93,11 @@ def test_an_interrupted_first_stage_ends_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("latent", ["f4", "f8", "none"])
-def test_other_spaces_train_and_colorize(latent, tmp_path, monkeypatch):
+def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypatch):
     """A given first stage, another factor, and no latent space at all."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("2 steps", "2 steps")))
-    photos, stage = load_photos(), ""
+    photos, stage = load_photos(photographs), ""
     if latent == "f4":
         stage = str(tmp_path / "model.ckpt")
         faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage)
@@ -107,7 +107,7 @@ def test_other_spaces_train_and_colorize(latent, tmp_path, monkeypatch):
     assert run.options["first_stage"].split(":")[0] == dict(f4="given", f8="own", none="")[latent]
     assert len(read_runs(phase="part")) == (latent == "f8") and len(parts) == (latent != "none")
     assert run.metrics()["lightness"].tolist() == ["model", "photograph"]
-    assert bool(list(runs_dir().glob("data-embedded-*/*.f16"))) == (latent != "none")
+    assert bool(list(runs_dir().glob("data-photographs-*/*.f16"))) == (latent != "none")
 
 
 def test_first_stages_that_do_not_fit_are_refused_at_once(tmp_path):

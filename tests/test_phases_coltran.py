@@ -21,12 +21,12 @@ from faic.train import TrainingStopped
 
 
 @pytest.fixture(scope="module")
-def coltran(tmp_path_factory):
+def coltran(photographs, tmp_path_factory):
     """Phase 2 of ColTran alone; its folder has runs/ and the executed notebook."""
     folder = tmp_path_factory.mktemp("coltran")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAIC_RUNS", str(folder / "runs"))
-        done = papermill("phase2", folder, model="coltran", **TINY)
+        done = papermill("phase2", folder, model="coltran", data=photographs, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -47,12 +47,12 @@ def test_phase2_alone_trains_the_parts_of_both_phases(coltran_runs):
     for part in PARTS["coltran"]:
         first, second = (read_runs(phase="part", model=part, of=phase)[0] for phase in ("phase1", "phase2"))
         steps, more = (int(PRESETS["smoke"]["parts"][part][i].split()[0]) for i in (0, 1))
-        assert (first.options["data"]["train"], second.options["data"]["train"]) == (72, 120), "phase 1's part sees phase 1's photographs only"
+        assert (first.options["data"]["train"], second.options["data"]["train"]) == (36, 66), "phase 1's part sees phase 1's photographs only"
         assert (first.metrics()["step"].item(), second.metrics()["step"].item()) == (steps, more) and 0 < first.metrics()["bits"].item() < 10
         begun = second.events()[0]
         assert (begun["event"], begun["run"], begun["steps"]) == ("continues", first.path.name, steps)
-        assert f"{part}: trained {first.path.name}: {steps} steps on the 72 photographs" in said
-        assert f"{part}: trained, after {steps} steps of phase 1, {second.path.name}: {more} steps on the 120 photographs" in said
+        assert f"{part}: trained {first.path.name}: {steps} steps on the 36 photographs" in said
+        assert f"{part}: trained, after {steps} steps of phase 1, {second.path.name}: {more} steps on the 66 photographs" in said
 
 
 def test_each_day_has_a_row_for_either_lightness(coltran_runs):
@@ -68,9 +68,9 @@ def test_each_day_has_a_row_for_either_lightness(coltran_runs):
     assert len({np.load(f).tobytes() for f in run.path.glob("samples/day-*.npy")}) == 5
 
 
-def test_phase1_finds_the_parts_and_trains_only_the_variants(coltran_runs, tmp_path):
+def test_phase1_finds_the_parts_and_trains_only_the_variants(photographs, coltran_runs, tmp_path):
     before = {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
-    done = papermill("phase1", tmp_path, model="coltran", variants="default,mix-0.9", **TINY)
+    done = papermill("phase1", tmp_path, model="coltran", variants="default,mix-0.9", data=photographs, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert before == {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
     assert printed(tmp_path).count(": found part-coltran_") == 2
@@ -79,10 +79,10 @@ def test_phase1_finds_the_parts_and_trains_only_the_variants(coltran_runs, tmp_p
     assert sum((r.path / "winner.json").exists() for r in runs) == 1
 
 
-def test_a_part_does_not_depend_on_which_notebook_was_first(coltran, tmp_path, monkeypatch):
+def test_a_part_does_not_depend_on_which_notebook_was_first(photographs, coltran, tmp_path, monkeypatch):
     """Phase 1's notebook and then phase 2's, against phase 2 alone."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    photos = load_photos()
+    photos = load_photos(photographs)
     first, second = (train_part("coltran_color", phase, "smoke", 0, photos, Judge(), CPU) for phase in ("phase1", "phase2"))
     for run in (first, second):
         alone = load_file(coltran / "runs" / run.path.name / "day-1.safetensors")
@@ -90,10 +90,10 @@ def test_a_part_does_not_depend_on_which_notebook_was_first(coltran, tmp_path, m
     assert not same(weights(first), weights(second))
 
 
-def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
+def test_an_interrupted_part_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, between two checkpoints; started again, it needs phase 1's run no more."""
     small_parts(monkeypatch, 60)
-    photos = load_photos()
+    photos = load_photos(photographs)
     train = lambda: train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
     whole = train()
@@ -107,10 +107,10 @@ def test_an_interrupted_part_ends_the_same(tmp_path, monkeypatch):
     assert [e for e in again.events() if "seconds" not in e] == [e for e in whole.events() if "seconds" not in e]
 
 
-def test_a_part_whose_beginning_is_gone_says_so(tmp_path, monkeypatch):
+def test_a_part_whose_beginning_is_gone_says_so(photographs, tmp_path, monkeypatch):
     small_parts(monkeypatch, 2)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    photos = load_photos()
+    photos = load_photos(photographs)
     first = train_part("coltran_color", "phase1", "smoke", 0, photos, Judge(), CPU)
     (first.path / "last.pt").unlink()
     with pytest.raises(TrainingStopped, match="is missing; restore it, or move its folder away"):
@@ -133,10 +133,10 @@ def official(tmp_path_factory):
     return folder
 
 
-def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, official):
+def test_given_upsamplers_score_the_days_again_and_train_nothing(photographs, copied_runs, official):
     (run,) = read_runs(phase="phase2", model="coltran")
     kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl")}
-    photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
+    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
     parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
     run_days(run, photos, Judge(), sampling, CPU, parts)
     rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
@@ -146,9 +146,9 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(copied_runs, of
     assert len(list(run.path.glob("samples/day-*.npy"))) == 10
 
 
-def test_one_given_upsampler_and_one_of_ours(copied_runs, official, tmp_path):
+def test_one_given_upsampler_and_one_of_ours(photographs, copied_runs, official, tmp_path):
     shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
-    photos, chosen = load_photos(), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
+    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
     parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
     own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
     assert list(parts) == list(own) and parts["coltran_color"].head.in_features == 8, "the given color upsampler ..."
@@ -157,9 +157,9 @@ def test_one_given_upsampler_and_one_of_ours(copied_runs, official, tmp_path):
     assert sampling["upsamplers"].startswith("official:") and sampling["upsamplers"].endswith(f"+own:{spatial}")
 
 
-def test_a_given_model_is_scored_once_beside_ours(official, tmp_path, monkeypatch):
+def test_a_given_model_is_scored_once_beside_ours(photographs, official, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    photos = load_photos()
+    photos = load_photos(photographs)
     for _ in range(2):
         run = run_pretrained("coltran", f"official:{official}", "smoke", 0, photos, Judge(), SAMPLING["coltran"] | dict(temperature=0.0), CPU)
     assert run.path.name.startswith("phase2-coltran-pretrained-smoke-s0-")
