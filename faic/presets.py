@@ -105,7 +105,7 @@ def _both(budget, further=None): return dict.fromkeys(VQGANS, (budget, further o
 # %% ../nbs/31_presets.ipynb #56f63958
 PRESETS = {
     'smoke': dict(
-        budget='100 steps', parts={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')} | _both('50 steps'),
+        budget='60 steps', parts={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')} | _both('50 steps'),
         sampling={'bbdm': dict(sample_steps=10)},
         changes={'pix2pix': dict(side=64, load_side=72, width=16)} | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
