@@ -87,9 +87,9 @@ def trainings(job:Job)->list: # of Training, in order
     model, preset, stage = p['model'], p['preset'], p.get('first_stage', '')
     day = day_budget(preset, p['budget'], model, phase)
     part = lambda name, phase: Training(name, phase, model_options(name, preset), part_budget(preset, name, phase))
-    if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model)]
+    if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model, preset=preset)]
     if phase == 'phase1': return [Training(model, phase, model_options(model, preset, p['variants']), day)]
-    parts = [part(n, ph) for n in parts_of(model, 'f4', stage) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
+    parts = [part(n, ph) for n in parts_of(model, 'f4', stage, preset) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
     return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model]), day*DAYS, DAYS)]
 
 # %% ../nbs/33_cluster.ipynb #4484fb4b

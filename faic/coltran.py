@@ -6,7 +6,7 @@
 __all__ = ['FUTURE', 'ACTS', 'EPS', 'READ_COLOURS', 'PIXELS', 'CASTAGNOLI', 'START', 'MAGIC', 'DTYPES', 'AVERAGE', 'symbols_of',
            'pixels_of', 'area', 'enlarge', 'square', 'distance_bias', 'attend', 'Conditions', 'ConditionalNorm',
            'Block', 'Positions', 'Encoder', 'Colorizer', 'count_all', 'Upsampler', 'figure1', 'keras_limit',
-           'init_weights', 'bits', 'quarter', 'ColTran', 'ColTranColor', 'ColTranSpatial', 'row_noise', 'draw',
+           'init_weights', 'bits', 'working_side', 'ColTran', 'ColTranColor', 'ColTranSpatial', 'row_noise', 'draw',
            'sample_plain', 'sampling_cost', 'RowBuffers', 'draw_pixels', 'prepare_row', 'summarize_row', 'make_sampler',
            'upsample', 'coltran_stages', 'coltran_colorizer', 'varint', 'fields', 'crc32c', 'masked', 'read_table',
            'TensorPlace', 'variable_name', 'checkpoint_prefix', 'tensor_places', 'read_tf_checkpoint', 'recounted',
@@ -404,25 +404,24 @@ def _draw_networks(ax, x, colorizer, color, spatial): # to the boxes of encoder,
     return (decoder(x[0], 'Encoder', 'a vector for each gray level;\nadd positions', colorizer.encoder.blocks, 2, 'z, a vector for each pixel'),
             decoder(x[1], 'Outer decoder', 'a vector for each symbol;\nadd positions, z', colorizer.outer, 2, 'shift down one row: upper'),
             decoder(x[2], 'Inner decoder', 'shift right by one pixel;\nadd positions, z, upper', colorizer.inner, 1, f'norm; {colorizer.head.out_features} logits'),
-            upsampler(x[2], 'Color upsampler', color), upsampler(x[0], 'Spatial upsampler', spatial))
+            upsampler(x[2], 'Color upsampler', color), spatial and upsampler(x[0], 'Spatial upsampler', spatial))
 
 # %% ../nbs/21_coltran.ipynb #6b207498
 def figure1(
     colorizer:Colorizer, # the networks; weights play no part, so they may be on the meta device
     color:Upsampler,
-    spatial:Upsampler,
+    spatial:Upsampler=None, # None where the colorizer works at the photograph's side
 ):# -> matplotlib Figure
     "Figure 1: the structure of ColTran, drawn from its networks."
     from faic.plots import arrow, box, diagram
-    low, side = (len(net.encoder.positions.rows) for net in (colorizer, spatial))
+    low, side = (len(net.encoder.positions.rows) for net in (colorizer, spatial or colorizer))
     (fig, ax), x = diagram(7.2, 5.47), (1.14, 3.24, 5.34)
     size = f'{count_all(colorizer)[0]:,} parameters, {colorizer.head.in_features} channels, {colorizer.inner[0].heads} heads'
     box(ax, x[0] - .09, 1.73, 6.1, 3.69, title=f'Colorizer: {size}')
     encoder, outer, inner, up_color, up_space = _draw_networks(ax, x, colorizer, color, spatial)
-    gray, small_gray = box(ax, .05, .88, .8, .36, f'gray\n{side}x{side}'), box(ax, .05, 3.2, .8, .36, f'gray\n{low}x{low}')
+    small_gray = box(ax, .05, 3.2, .8, .36, f'gray\n{low}x{low}')
     symbols = box(ax, x[2], 1.88, 1.72, .36, f'symbols {low}x{low},\n{colorizer.head.out_features} colours')
-    fine, result = box(ax, x[1] + .2, .72, 1.32, .36, f'colours {low}x{low},\n8 bits a channel'), box(ax, .05, .2, .8, .36, f'colours\n{side}x{side}')
-    arrow(ax, gray, small_gray, 'top', text=f'means of\n{side//low}x{side//low}')
+    fine = box(ax, x[1] + .2, .72, 1.32, .36, f'colours {low}x{low},\n8 bits a channel')
     arrow(ax, small_gray, encoder, at=.6)
     arrow(ax, encoder, outer, text='z')
     arrow(ax, encoder, inner, 'top', corners=[(x[0] + .86, 5.06), (x[2] + .86, 5.06)], text='z')
@@ -433,9 +432,12 @@ def figure1(
     arrow(ax, symbols, up_color, 'bottom', .72)
     arrow(ax, small_gray, up_color, at=.25, corners=[(.95, 3.29), (.95, 1.615), (x[2] + .3, 1.615)])
     arrow(ax, up_color, fine, 'left', .59)
-    arrow(ax, fine, up_space, 'left')
-    arrow(ax, gray, up_space)
-    arrow(ax, up_space, result, 'left', .28)
+    if spatial:
+        gray, result = box(ax, .05, .88, .8, .36, f'gray\n{side}x{side}'), box(ax, .05, .2, .8, .36, f'colours\n{side}x{side}')
+        arrow(ax, gray, small_gray, 'top', text=f'means of\n{side//low}x{side//low}')
+        arrow(ax, fine, up_space, 'left')
+        arrow(ax, gray, up_space)
+        arrow(ax, up_space, result, 'left', .28)
     coloured = {reads: colour for _, reads, colour in _components([*colorizer.outer, *colorizer.inner]) if reads}
     for i, (reads, colour) in enumerate(coloured.items()): box(ax, x[1] + .2, .38 - .23*i, 1.32, .185, 'scale, shift by', reads, colour=colour)
     return fig
@@ -492,10 +494,14 @@ def _levels(x): # (B,C,H,W) in [0,1], the values of 8-bit pixels, to long
 def _gray_levels(pixels): # (B,3,H,W) long to ColTran's gray (B,H,W) long
     return _levels(luma(pixels.float()/255, 'coltran'))[:, 0]
 
-def quarter(side:int)->int:
-    "A quarter of the side, where the colorizer works; ValueError where that is not whole."
+def working_side(
+    side:int, # of the photographs
+    low:int=None, # where the colorizer is to work; None: at a quarter of the side, as published
+)->int:
+    "The side at which colorizer and color upsampler work: a quarter of the photographs', or all of it (native); ValueError otherwise."
     if side % 4: raise ValueError(f'ColTran needs a side that is a multiple of 4, got {side}')
-    return side//4
+    if low not in (None, side//4, side): raise ValueError(f'of photographs of {side}x{side} ColTran colorizes {side//4}x{side//4}, and enlarges that, or {side}x{side}; got {low}')
+    return low or side//4
 
 class ColTran:
     "ColTran's colorizer, ready to be trained."
@@ -503,7 +509,7 @@ class ColTran:
     copies_lightness = False # it predicts whole colours; the photograph's lightness is not put back
 
     def __init__(self,
-        side:int=256, # of the photographs, a multiple of 4; the colorizer works at a quarter of it
+        side:int=256, # of the photographs, a multiple of 4
         dim:int=512, # channels
         heads:int=4, # of attention
         ff:int=512, # hidden units of the feed-forward layers
@@ -513,8 +519,9 @@ class ColTran:
         auto_weight:float=.99, # official loss_factor
         aux_weight:float=.01, # official encoder_loss_factor
         seed:int=0, # of the initial weights
+        low:int=None, # where it works, see working_side
     ):
-        self.low = quarter(side)
+        self.low = working_side(side, low)
         self.net = init_weights(Colorizer(self.low, self.low, dim, heads, ff, encoder_layers, outer_layers, inner_layers), seed)
         self.auto_weight, self.aux_weight = auto_weight, aux_weight
         self.terms = {} # the parts of the last loss, for logs
@@ -539,11 +546,11 @@ def _one_channel(pixels, channel): # (B,3,H,W) long, (B,) to (B,H,W)
     return pixels[torch.arange(len(pixels), device=pixels.device), channel]
 
 class ColTranColor:
-    "ColTran's color upsampler, ready to be trained: 3 bits to 8 bits a channel, at a quarter of the side."
+    "ColTran's color upsampler, ready to be trained: 3 bits to 8 bits a channel, where the colorizer works."
     gray_kind, copies_lightness = 'coltran', False
 
-    def __init__(self, side:int=256, dim:int=512, heads:int=4, ff:int=512, layers:int=1, seed:int=0): # as ColTran's
-        self.low = quarter(side)
+    def __init__(self, side:int=256, dim:int=512, heads:int=4, ff:int=512, layers:int=1, seed:int=0, low:int=None): # as ColTran's
+        self.low = working_side(side, low)
         self.net, self.terms = init_weights(Upsampler('color', self.low, self.low, dim, heads, ff, layers), seed), {}
 
     def parts(self)->dict:
@@ -565,7 +572,7 @@ class ColTranSpatial:
     gray_kind, copies_lightness = 'coltran', False
 
     def __init__(self, side:int=256, dim:int=512, heads:int=4, ff:int=512, layers:int=1, seed:int=0): # as ColTran's
-        self.low = quarter(side)
+        self.low = working_side(side)
         self.net, self.terms = init_weights(Upsampler('spatial', side, side, dim, heads, ff, layers), seed), {}
 
     def parts(self)->dict:
@@ -832,17 +839,18 @@ def upsample(
 def coltran_stages(
     colorizer:Colorizer,
     color:Upsampler,
-    spatial:Upsampler,
+    spatial:Upsampler, # None where the colorizer works at the photograph's side
     temperature:float,
     norm:str,
     precision:str,
     batch:int,
 )->dict: # stage -> function (gray (B,1,H,W) in [0,1], what the stage before made, generators)
-    "The three steps of ColTran; the parameters are those of coltran_colorizer."
+    "The steps of ColTran; the parameters are those of coltran_colorizer."
     samplers = {} # the last two batch sizes': a full one, and what was left over
-    low = lambda gray: area(_levels(gray), gray.shape[-2]//4, gray.shape[-1]//4)[:, 0]
+    shrink = 4 if spatial else 1
+    low = lambda gray: area(_levels(gray), gray.shape[-2]//shrink, gray.shape[-1]//shrink)[:, 0]
 
-    def draw_coarse(gray, before, generators): # to (B,3,H/4,W/4) uint8
+    def draw_coarse(gray, before, generators): # to (B,3,h,w) uint8
         _check_numbers(len(gray), generators, temperature)
         coarse = []
         for i in range(0, len(gray), batch):
@@ -853,25 +861,26 @@ def coltran_stages(
             coarse.append(pixels_of(samplers[len(small)](small, generators and generators[i:i + batch])).byte())
         return torch.cat(coarse)
 
-    def refine_colours(gray, coarse, generators=None): # to (B,3,H/4,W/4) uint8
+    def refine_colours(gray, coarse, generators=None): # to (B,3,h,w) uint8
         return upsample(color, coarse//32, low(gray), precision)
 
     def enlarge_picture(gray, small, generators=None): # to rgb (B,3,H,W) in [0,1]
         return upsample(spatial, small, _levels(gray)[:, 0], precision).float()/255
 
+    if spatial is None: return {'colorizer': draw_coarse, 'color upsampler': lambda *x: refine_colours(*x).float()/255}
     return {'colorizer': draw_coarse, 'color upsampler': refine_colours, 'spatial upsampler': enlarge_picture}
 
 # %% ../nbs/21_coltran.ipynb #47e5acaa
 def coltran_colorizer(
-    colorizer:Colorizer, # works at a quarter of the photograph's side; its weights must not change afterwards
+    colorizer:Colorizer, # works at a quarter of the photograph's side, or at all of it; its weights must not change afterwards
     color:Upsampler, # at the same size
-    spatial:Upsampler, # at the photograph's size
+    spatial:Upsampler=None, # at the photograph's size; None where the colorizer works there already
     temperature:float=1., # 0: greedy; 1: as the official colorizer
     norm:str='row', # while sampling, see ConditionalNorm
     precision:str='float32', # or 'bfloat16', for all large matrix products
     batch:int=256, # photographs that are sampled together, at most
-): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the three steps
-    "The function colorize(gray, generator) of three trained networks: colorizer, color upsampler, spatial upsampler."
+): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the steps
+    "The function colorize(gray, generator) of the trained networks: colorizer, color upsampler and, where that is needed, spatial upsampler."
     def colorize(
         gray:Tensor, # (B,1,H,W) in [0,1], ColTran's luma
         generator=None, # a torch.Generator, or a list with one per image; None: seed 0

@@ -627,7 +627,10 @@ def _main_training(evidence, model, phase):
     for v in variants or [None]: yield _training_row(evidence, model, phase, v)
 
 def _part_training(evidence, model, phase):
-    for part in MODEL_PARTS.get(model, ()): yield _training_row(evidence, model, phase, part=part)
+    used = {part for (p, m, _), run in evidence.runs.items() if (p, m) == (phase, model) for part in run.options['made'].get('parts', {})}
+    for part in MODEL_PARTS.get(model, ()):
+        row = _training_row(evidence, model, phase, part=part)
+        if row['status'] == 'run' or not used or part in used: yield row # a ColTran that works at the photographs' side has no spatial upsampler
 
 def _training_row(evidence, model, phase, variant=None, part=''):
     runs = evidence.every('part', part, phase) if part else evidence.every(phase, model, variant)

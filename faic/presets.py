@@ -6,8 +6,9 @@
 __all__ = ['PAPER', 'VQGANS', 'LATENTS', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_FID', 'PAPER_WINNER', 'PRESETS', 'DAYS',
            'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'day_budget', 'paper_work',
            'part_budget', 'make_trainee', 'make_colorizer', 'usual_sampling', 'chosen_sampling', 'describe_sampling',
-           'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name', 'at_least',
-           'given', 'seed_or_empty', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
+           'upsamplers_of', 'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name',
+           'at_least', 'given', 'seed_or_empty', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters',
+           'variants_of']
 
 # %% ../nbs/31_presets.ipynb #51f460f1
 import hashlib, math, re
@@ -73,9 +74,10 @@ def parts_of(
     model:str, # one of MODELS
     latent:str='f4', # of bbdm: one of LATENTS
     first_stage:str='', # of bbdm: 'plain' without the perceptual term; '' or a given file: with it
+    preset:str='paper', # of coltran: where it is native, there is no spatial upsampler
 )->tuple:
     "The names of the parts that a model needs; Pix2Pix, and BBDM in pixel space, have none."
-    if model != 'bbdm': return PARTS.get(model, ())
+    if model != 'bbdm': return tuple(p for p in PARTS.get(model, ()) if p in PRESETS[preset]['parts'])
     return () if latent == 'none' else (f'vqgan_{latent}_plain' if first_stage == 'plain' else f'vqgan_{latent}',)
 
 # %% ../nbs/31_presets.ipynb #100f8b99
@@ -89,9 +91,10 @@ PAPER_FID = {t['model']: t['FID'] for t in PAPER_TABLES.values() if 'FID' in t}
 PAPER_WINNER = {m: min(PAPER_FID[m], key=PAPER_FID[m].get) for m in MODELS}
 
 # %% ../nbs/31_presets.ipynb #9c392b4d
-def _small_coltran(decay, colorizer, color, spatial): # what a small preset changes in ColTran and its parts
+def _small_coltran(decay, colorizer, color, spatial=None): # what a small preset changes in ColTran and its parts; without a spatial upsampler it works at 64x64
     shared = dict(side=64, load_side=64, ema=dict(decay=decay, start=.05, every=1))
-    return {'coltran': shared | colorizer, 'coltran_color': shared | color, 'coltran_spatial': shared | spatial}
+    where = dict(low=64) if spatial is None else {}
+    return {'coltran': shared | where | colorizer, 'coltran_color': shared | where | color, 'coltran_spatial': shared | (spatial or {})}
 
 def _narrow(dim, batch_size, **more): return dict(dim=dim, ff=dim, batch_size=batch_size, **more)
 
@@ -111,14 +114,14 @@ PRESETS = {
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25, batch_size=2, lr=1e-3))),
     'laptop': dict(
-        budget='0.1 hours', parts={'coltran_color': ('0.02 hours', '0.02 hours'), 'coltran_spatial': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'),
+        budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=1000,
         sampling={'bbdm': dict(sample_steps=50)},
-        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(128, 8), _narrow(64, 8, lr=3e-3), _narrow(64, 2, lr=3e-3))
+        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(64, 4), _narrow(32, 4, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
-        budget='0.015 hours', parts={'coltran_color': ('0.005 hours', '0.005 hours'), 'coltran_spatial': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
-        changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {}, dict(batch_size=8))
+        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
+        changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {})
                 | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(
         budget='24 hours', parts={'coltran_color': ('800000 steps', '1200000 steps'), 'coltran_spatial': ('200000 steps', '300000 steps')} | _both('300000 steps'),
@@ -177,8 +180,9 @@ def make_trainee(
     o = options
     if model == 'pix2pix': return Pix2Pix(o['side'], o['width'], o['lambda_l1'], o['gan_mode'], o['dropout'], seed)
     if model == 'coltran':
-        return ColTran(o['side'], o['dim'], o['heads'], o['ff'], o['encoder_layers'], o['outer_layers'], o['inner_layers'], o['auto_weight'], o['aux_weight'], seed)
-    if model in PARTS['coltran']: return {'coltran_color': ColTranColor, 'coltran_spatial': ColTranSpatial}[model](o['side'], o['dim'], o['heads'], o['ff'], o['layers'], seed)
+        return ColTran(o['side'], o['dim'], o['heads'], o['ff'], o['encoder_layers'], o['outer_layers'], o['inner_layers'], o['auto_weight'], o['aux_weight'], seed, o.get('low'))
+    if model == 'coltran_color': return ColTranColor(o['side'], o['dim'], o['heads'], o['ff'], o['layers'], seed, o.get('low'))
+    if model == 'coltran_spatial': return ColTranSpatial(o['side'], o['dim'], o['heads'], o['ff'], o['layers'], seed)
     if model == 'bbdm':
         sizes = {n: o[n] for n in ('factor', 'latent_channels', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors')}
         return BBDM(**sizes, latent_side=o['side']//o['factor'], groups=norm_groups(o['channels']), conditioning=o['conditioning'], normalize=o['normalize'], objective=o['objective'], loss=o['loss'],
@@ -195,7 +199,8 @@ def make_colorizer(
 ):
     "The function colorize(gray, generator) of a trained model."
     if model == 'pix2pix': return pix2pix_colorizer(trainee.G, sampling['batch_norm'], trainee.dropout)
-    if model == 'coltran': return coltran_colorizer(trainee.net, *(parts[p] for p in PARTS[model]), sampling['temperature'], sampling['norm'], sampling.get('precision', 'float32'))
+    if model == 'coltran':
+        return coltran_colorizer(trainee.net, parts['coltran_color'], parts.get('coltran_spatial'), sampling['temperature'], sampling['norm'], sampling.get('precision', 'float32'))
     if model == 'bbdm':
         return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=sampling.get('precision', 'float32'))
     raise ValueError(f'model is one of {", ".join(MODELS)}, got {model!r}')
@@ -227,6 +232,10 @@ def describe_sampling(sampling:dict)->str:
 # %% ../nbs/31_presets.ipynb #9cd0fd94
 UPSAMPLERS = ('color_upsampler', 'spatial_upsampler') # folders of official checkpoints
 
+def upsamplers_of(preset:str)->tuple: # of UPSAMPLERS
+    "Which upsamplers ColTran needs in a preset."
+    return UPSAMPLERS[:len(parts_of('coltran', preset=preset))]
+
 def official_folders(
     value:str, # 'official:/path'
     networks:tuple=UPSAMPLERS, # that may be there; with 'colorizer' all of them must
@@ -243,16 +252,17 @@ def official_folders(
 def official_networks(
     value:str, # 'official:/path'
     side:int, # of the photographs
-    networks:tuple=UPSAMPLERS, # with 'colorizer' first where that is wanted
+    networks:tuple=UPSAMPLERS, # with 'colorizer' first where that is wanted; without the spatial upsampler for a ColTran that works at this side
 )->dict: # name -> network, in this order
     "Networks with official weights, of the size for this side; ValueError where they are missing, damaged or of another size."
     read = lambda n, folder: official_colorizer(folder) if n == 'colorizer' else official_upsampler(folder, n.split('_')[0])
     try: found = {n: read(n, folder) for n, folder in official_folders(value, networks).items()}
     except OSError as e: raise ValueError(str(e)) from e
-    wanted = dict(colorizer=side//4, color_upsampler=side//4, spatial_upsampler=side)
+    low = side//4 if 'spatial_upsampler' in networks else side
+    wanted = dict(colorizer=low, color_upsampler=low, spatial_upsampler=side)
     sizes = {n: tuple(len(t) for t in (net.encoder.positions.rows, net.encoder.positions.columns)) for n, net in found.items()}
     other = [f'{n} is for {h}x{w} pixels, not {wanted[n]}x{wanted[n]}' for n, (h, w) in sizes.items() if (h, w) != (wanted[n],)*2]
-    if other: raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: ' + '; '.join(other) + '. The published ones need the preset paper (256x256)')
+    if other: raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: ' + '; '.join(other) + '. The published ones need the preset paper (256x256), and without the spatial one laptop or gpu (64x64)')
     return found
 
 # %% ../nbs/31_presets.ipynb #8bf21931
@@ -353,7 +363,8 @@ def notebook_parameters(
     checks, model, preset = {n: PARAMETERS[n] for n in names}, namespace.get('model'), namespace.get('preset')
     if 'variants' in checks and model in MODELS: checks['variants'] = variants_of(model)
     side = model_options('coltran', preset)['side'] if preset in PRESETS else None
-    for n, (plain, networks) in dict(upsamplers=('own', UPSAMPLERS), pretrained=('', ('colorizer', *UPSAMPLERS))).items():
+    needed = upsamplers_of(preset) if preset in PRESETS else UPSAMPLERS
+    for n, (plain, networks) in dict(upsamplers=('own', needed), pretrained=('', ('colorizer', *needed))).items():
         if n in checks: checks[n] = given(plain, networks, side) if model in (None, 'coltran') else lambda value, plain=plain: plain
     latent = namespace.get('latent')
     if 'first_stage' in checks: checks['first_stage'] = first_stage(latent if latent in LATENTS else None) if model in (None, 'bbdm') else lambda value: ''

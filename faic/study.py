@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_baseline', 'features_of', 'sample_rows', 'in_halves',
-           'versions', 'evaluate', 'evaluate_real', 'study_run', 'listed_photographs', 'space_options', 'data_options',
-           'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated', 'keep_samples',
-           'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score', 'run_baselines',
-           'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part', 'part_bits',
-           'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts', 'run_pretrained',
-           'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo', 'find_photographs',
-           'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of', 'time_call', 'time_stages',
-           'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress', 'run_scores', 'run_error',
-           'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook',
-           'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name',
-           'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
+           'versions', 'evaluate', 'evaluate_real', 'study_photos', 'study_run', 'listed_photographs', 'space_options',
+           'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated',
+           'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score',
+           'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part',
+           'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts',
+           'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo',
+           'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of',
+           'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress',
+           'run_scores', 'run_error', 'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan',
+           'Terminal', 'run_notebook', 'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of',
+           'run_study', 'data_name', 'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
@@ -34,11 +34,11 @@ from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .coltran import square
 from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_all, generator_for, is_first, locked, locked_together, open_run, progress, read_json, read_runs,
                        repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
-from .data import Photos, difference, enlarged, list_files, ordered_batches, set_name, to_rgb
+from .data import Photos, difference, enlarged, list_files, load_photos, ordered_batches, set_name, to_rgb
 from .metrics import image_scores, summarize
 from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared
 from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
-                          official_name, official_folders, official_networks, part_budget, parts_of, usual_sampling)
+                          official_name, official_folders, official_networks, part_budget, parts_of, upsamplers_of, usual_sampling)
 from .train import Trainer, errors_kept, final, load_weights, out_of_memory, train_day, work_done
 from .vqgan import codes_used
 
@@ -60,7 +60,7 @@ def features_of(
     device,
 )->tuple: # (features (n,D), probabilities (n,K)), on the CPU
     "What the judge sees in the real photographs of a part; computed once a data set and kept."
-    kept = runs_dir()/'data-features'/f'{photos.fingerprint[:16]}-{part}-{judge.label.replace(", ", "-")}.npz'
+    kept = runs_dir()/'data-features'/f'{photos.fingerprint[:16]}-{part}-{len(photos.parts[part])}-{judge.label.replace(", ", "-")}.npz'
     with idist.one_rank_first(), locked(kept.with_suffix('.lock')):
         if (found := _kept_features(kept)) is None: write_bytes(kept, _npz(found := _seen(photos, part, judge, device)))
     return found
@@ -157,6 +157,18 @@ def evaluate_real(
     "Score the photographs themselves against the other part's."
     real, other = features_of(photos, part, judge, device), features_of(photos, OTHER[part], judge, device)
     return dict(part=part, **summarize(None, real, None, other, judge.label, seed))
+
+# %% ../nbs/32_study.ipynb #5d1f7a20
+def study_photos(
+    data:str, # 'embedded' or a folder, see load_photos
+    preset:str,
+    side:int=None, # px; None: the preset's
+)->Photos:
+    "The photographs of a preset: split as it says, and scored as many as it says."
+    photos = load_photos(data, side or model_options('pix2pix', preset)['side'], paper_split=preset == 'paper')
+    most = PRESETS[preset].get('scored')
+    return replace(photos, parts=photos.parts | {p: photos.parts[p][:most] for p in OTHER})
+
 
 # %% ../nbs/32_study.ipynb #d31230d8
 def study_run(
@@ -411,7 +423,7 @@ def part_options(
 
 def own_parts(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict: # part -> the six digits that its run's name ends in
     "The runs of a model's own parts, trained or not yet; a given first stage has none."
-    names = parts_of(model, latent, first_stage) if first_stage in ('', 'plain') else ()
+    names = parts_of(model, latent, first_stage, preset) if first_stage in ('', 'plain') else ()
     return {p: short_hash(part_options(p, phase, preset, seed, photos)) for p in names}
 
 def named_sampling(
@@ -527,7 +539,7 @@ def ready_parts(
     **how, # workers, pieces and watch, see Trainer
 )->tuple: # (part -> network, sampling with the upsamplers' name)
     "The parts that a model needs: found, trained, or given."
-    names = parts_of(model, latent, first_stage)
+    names = parts_of(model, latent, first_stage, preset)
     if not names: return {}, sampling
     networks = given_parts(names, sampling, photos.side, device, latent, first_stage)
     bar = progress(names, desc=f'parts of {model}', unit='part', total=len(names) + others, leave=False)
@@ -545,7 +557,9 @@ def given_parts(
 )->dict: # part -> network
     "Those parts of a model that are given; says where they come from."
     upsamplers, networks = sampling.get('upsamplers', 'own'), {}
-    if upsamplers != 'own': networks = dict(zip(names, map(official_networks(upsamplers, side).get, UPSAMPLERS)))
+    if upsamplers != 'own':
+        needed = UPSAMPLERS[:len(names)]
+        networks = dict(zip(names, map(official_networks(upsamplers, side, needed).get, needed)))
     if first_stage not in ('', 'plain'): networks = {names[0]: given_first_stage(first_stage, latent)}
     found = {p: net.to(device).eval() for p, net in networks.items() if net is not None}
     if found: print(f'{", ".join(found)}: given, {first_stage or upsamplers}')
@@ -563,13 +577,14 @@ def run_pretrained(
     device,
 )->Run:
     "Score given checkpoints on the test part of phase 2, once."
+    networks = ('colorizer', *upsamplers_of(preset))
     name = lambda s: s | dict(upsamplers=official_name(given))
     run = open_run(dict(phase='phase2', model=model, variant='pretrained', preset=preset, seed=seed, data=data_options(photos, 'phase2'),
-                        pretrained=official_name(given, ('colorizer', *UPSAMPLERS))), device, sampling=describe_sampling(name(usual_sampling(model, preset))), **said_with(photos))
+                        pretrained=official_name(given, networks)), device, sampling=describe_sampling(name(usual_sampling(model, preset))), **said_with(photos))
     trainee = make_trainee(model, model_options(model, preset))
     if unscored(run, trainee, 1, name(sampling)):
-        trainee.net, *parts = (net.to(device).eval() for net in official_networks(given, photos.side, ('colorizer', *UPSAMPLERS)).values())
-        score(run, trainee, photos, judge, name(sampling), device, dict(zip(parts_of(model), parts)))
+        trainee.net, *parts = (net.to(device).eval() for net in official_networks(given, photos.side, networks).values())
+        score(run, trainee, photos, judge, name(sampling), device, dict(zip(parts_of(model, preset=preset), parts)))
     return run
 
 # %% ../nbs/32_study.ipynb #256e278e
@@ -703,7 +718,7 @@ def find_parts(
 )->dict: # part -> network
     "The parts that a run's model needs: its own, whose folders lie beside the run's, or given ones."
     o = run.options
-    names, given = parts_of(o['model'], o.get('latent')), o.get('first_stage', '').startswith('given:')
+    names, given = parts_of(o['model'], o.get('latent'), preset=o['preset']), o.get('first_stage', '').startswith('given:')
     if (found := given_name(first_stage) if first_stage else '') != (o['first_stage'] if given else ''):
         raise ValueError(f"{run.path.name} was trained in the latents of {'the first stage ' + o['first_stage'] if given else 'its own first stage'}; "
                          + (f'{first_stage} is {found}' if found else 'give its file as first_stage'))
