@@ -58,14 +58,14 @@ def study_jobs(
 def _named(notebook, parameters): return '-'.join([notebook, *map(str, parameters.values())])
 
 def _phase1_jobs(models, common, end): # of one seed: the parts of each model, and its variants, which wait for them
-    for notebook, parameters, _ in plan(models):
+    for notebook, parameters, _ in plan(models, preset=common['preset']):
         if notebook != 'phase1': continue
         name = _named(notebook, parameters)
         yield (first := Job(f'{name}-parts{end}', notebook, common | parameters | dict(variants='none')))
         for v in PAPER_FID[parameters['model']]: yield Job(f'{name}-{v}{end}', notebook, common | parameters | dict(variants=v), (first.name,))
 
 def _phase2_jobs(models, common, end, phase1): # of one seed; all wait for all seeds' variants of the model, among which the winner is
-    for notebook, parameters, _ in plan(models):
+    for notebook, parameters, _ in plan(models, preset=common['preset']):
         if notebook != 'phase2': continue
         waits = tuple(j.name for j in phase1 if j.notebook == 'phase1' and j.parameters['model'] == parameters['model'] and j.parameters['variants'] != 'none')
         yield Job(_named(notebook, parameters) + end, notebook, common | parameters, waits)
@@ -85,12 +85,13 @@ def trainings(job:Job)->list: # of Training, in order
     p, phase = job.parameters, job.notebook
     if phase not in ('phase1', 'phase2'): return []
     model, preset, stage = p['model'], p['preset'], p.get('first_stage', '')
+    latent = p.get('latent', 'f4')
     day = day_budget(preset, p['budget'], model, phase)
     part = lambda name, phase: Training(name, phase, model_options(name, preset), part_budget(preset, name, phase))
     if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model, preset=preset)]
     if phase == 'phase1': return [Training(model, phase, model_options(model, preset, p['variants']), day)]
-    parts = [part(n, ph) for n in parts_of(model, 'f4', stage, preset) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
-    return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model]), day*DAYS, DAYS)]
+    parts = [part(n, ph) for n in parts_of(model, latent, stage, preset) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
+    return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model], latent), day*DAYS, DAYS)]
 
 # %% ../nbs/33_cluster.ipynb #4484fb4b
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def run_bytes(t:Training)->int:
 def photograph_counts(
     preset:str,
     data:str, # 'embedded' or a folder
-)->dict: # part -> photographs; 'all' that are prepared
+)->dict: # part -> photographs that are trained on or scored; 'all' that are prepared
     "How many photographs there are, without preparing them; in a folder every file counts as one."
     files = len(list_files(Path(data))) if data != 'embedded' and Path(data).is_dir() else 0
     if preset == 'paper': parts = _split(files, True) # as published, whether the folder is here or not
@@ -151,7 +152,8 @@ def photograph_counts(
     elif files: parts = _split(files, False)
     else: raise ValueError(f"data = {data!r}: expected 'embedded' or a folder of images that is there")
     sizes = {n: len(rows) for n, rows in parts.items()}
-    return sizes | dict(all=max(files, sizes['train'] + sizes['validation'] + sizes['test']))
+    scored = {n: min(sizes[n], PRESETS[preset].get('scored', sizes[n])) for n in ('validation', 'test')}
+    return sizes | scored | dict(all=max(files, sizes['train'] + sizes['validation'] + sizes['test']))
 
 def shared_bytes(
     job:Job,
@@ -163,7 +165,7 @@ def shared_bytes(
         o, rows = t.options, counts[TRAINED_ON[t.phase]]
         found['photographs'] = counts['all']*3*o['side']**2
         if o['load_side'] > o['side']: found[f"training photographs at {o['load_side']}"] = counts['train']*3*o['load_side']**2
-        if t.name == 'bbdm':
+        if t.name == 'bbdm' and o['factor'] > 1:
             which = ', plain' if job.parameters.get('first_stage') else ''
             found[f'latents of {t.phase}{which}'] = rows*(2 if o['flip'] else 1)*2*o['latent_channels']*(o['side']//o['factor'])**2*2
     return found
@@ -180,7 +182,7 @@ def job_row(
     hours = [training_hours(t.budget, m.step, math.ceil(counts[TRAINED_ON[t.phase]]/t.options['batch_size'])) for t, m in made]
     own = [(t, m) for t, m in made if t.name == job.parameters.get('model')] # parts are scored, too, but not by colorizing
     images = sum(t.days*counts['validation' if t.phase == 'phase1' else 'test'] for t, _ in own)
-    said = [f'{k}={v}' for k, v in job.parameters.items() if k in ('variants', 'first_stage')]
+    said = [f'{k}={v}' for k, v in job.parameters.items() if k in ('variants', 'latent', 'first_stage')]
     return {'job': job.name, 'model': job.parameters.get('model', 'all'), 'notebook': ', '.join([f"{job.notebook} {job.parameters.get('model', '')}".strip(), *said]),
             'waits for': ', '.join(job.waits_for), 'GPUs': job.gpus, 'hours': sum(h for h in hours if not math.isnan(h)),
             'unknown': [f'{t.name} in {t.phase}: {_said(t.budget)}' for (t, _), h in zip(made, hours) if math.isnan(h)], 'evaluated': images,

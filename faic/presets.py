@@ -116,11 +116,11 @@ PRESETS = {
     'laptop': dict(
         budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=1000,
         sampling={'bbdm': dict(sample_steps=50)},
-        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(64, 4), _narrow(32, 4, lr=3e-3))
+        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(64, 2), _narrow(32, 4, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
-        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'),
+        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'), further=[dict(first_stage='plain'), dict(latent='none')],
         changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {})
                 | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_baseline', 'features_of', 'sample_rows', 'in_halves',
-           'versions', 'evaluate', 'evaluate_real', 'study_photos', 'study_run', 'listed_photographs', 'space_options',
-           'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated',
-           'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score',
-           'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part',
-           'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts',
-           'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo',
-           'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of',
-           'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress',
-           'run_scores', 'run_error', 'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan',
-           'Terminal', 'run_notebook', 'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of',
-           'run_study', 'data_name', 'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
+           'versions', 'evaluate', 'evaluate_real', 'study_photos', 'spread', 'study_run', 'listed_photographs',
+           'space_options', 'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data',
+           'evaluated', 'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day',
+           'unscored', 'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part',
+           'part_weights', 'load_part', 'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth',
+           'ready_parts', 'given_parts', 'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead',
+           'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
+           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
+           'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
+           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'patient_kernels', 'executed',
+           'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name', 'results_folder', 'Terminated',
+           'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
@@ -162,12 +163,16 @@ def evaluate_real(
 def study_photos(
     data:str, # 'embedded' or a folder, see load_photos
     preset:str,
-    side:int=None, # px; None: the preset's
+    paper_split:bool=None, # None: for the preset paper
 )->Photos:
     "The photographs of a preset: split as it says, and scored as many as it says."
-    photos = load_photos(data, side or model_options('pix2pix', preset)['side'], paper_split=preset == 'paper')
-    most = PRESETS[preset].get('scored')
-    return replace(photos, parts=photos.parts | {p: photos.parts[p][:most] for p in OTHER})
+    photos = load_photos(data, model_options('pix2pix', preset)['side'], preset == 'paper' if paper_split is None else paper_split)
+    most = PRESETS[preset].get('scored', len(photos.array))
+    return replace(photos, parts=photos.parts | {p: spread(photos.parts[p], most) for p in OTHER})
+
+def spread(rows:np.ndarray, most:int)->np.ndarray:
+    "At most so many of the rows, evenly spread: they lie in the folder's order, which may be by class."
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
 
 
 # %% ../nbs/32_study.ipynb #d31230d8
@@ -958,10 +963,10 @@ def show_status():
     print(describe_status(status()))
 
 # %% ../nbs/32_study.ipynb #16958132
-def plan(models=MODELS, seeds:int=1)->list: # (notebook, parameters, weight in the study's bar)
+def plan(models=MODELS, seeds:int=1, preset:str='smoke')->list: # (notebook, parameters, weight in the study's bar)
     "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a part, and that for each seed."
-    phases = [(n, dict(model=m), w + len(parts_of(m))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
-    if 'bbdm' in models: phases.append(('phase2', dict(model='bbdm', first_stage='plain'), 6)) # with both phases' part
+    phases = [(n, dict(model=m), w + len(parts_of(m, preset=preset))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
+    if 'bbdm' in models: phases += [('phase2', dict(model='bbdm') | which, 6) for which in PRESETS[preset].get('further', [dict(first_stage='plain')])] # with both phases' part
     return [(n, p, w*seeds) for n, p, w in phases] + [('inference_time', {}, 1), ('results', {}, 1)]
 
 def _mirrored(file): # (fraction of the notebook that is done, the innermost bar)
@@ -1046,7 +1051,7 @@ def patient_kernels()->type:
 
 def executed(name:str, parameters:dict, folder:Path)->Path:
     "Where run_notebook leaves an executed notebook."
-    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'first_stage', 'only_seed') if k in parameters)]).replace('/', '_') + '.ipynb')
+    return folder/('-'.join([name, *(str(parameters[k]) for k in ('model', 'variants', 'latent', 'first_stage', 'only_seed') if k in parameters)]).replace('/', '_') + '.ipynb')
 
 def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
     "The folder of a study's executed notebooks."
@@ -1096,7 +1101,7 @@ def run_study(
 )->Path: # folder with tables and figures
     "Run phase 1, phase 2, inference times and results for all models; two bars show how far it is."
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    steps, common = plan(models, seeds), dict(preset=preset, data=data, seed=seed)
+    steps, common = plan(models, seeds, preset), dict(preset=preset, data=data, seed=seed)
     with tempfile.TemporaryDirectory() as d:
         terminal = Terminal(Path(d)/'bars.json', sum(w for _, _, w in steps))
         over = threading.Event()
