@@ -84,8 +84,7 @@ def trainings(job:Job)->list: # of Training, in order
     "What a job trains."
     p, phase = job.parameters, job.notebook
     if phase not in ('phase1', 'phase2'): return []
-    model, preset, stage = p['model'], p['preset'], p.get('first_stage', '')
-    latent = p.get('latent', 'f4')
+    model, preset, latent, stage = p['model'], p['preset'], p.get('latent', 'f4'), p.get('first_stage', '')
     day = day_budget(preset, p['budget'], model, phase)
     part = lambda name, phase: Training(name, phase, model_options(name, preset), part_budget(preset, name, phase))
     if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model, preset=preset)]

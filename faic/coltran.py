@@ -490,7 +490,7 @@ def bits(
 def _levels(x): # (B,C,H,W) in [0,1], the values of 8-bit pixels, to long
     return (x*255).round().long()
 
-# %% ../nbs/21_coltran.ipynb #4d9e1866
+# %% ../nbs/21_coltran.ipynb #7c52f0a3
 def _gray_levels(pixels): # (B,3,H,W) long to ColTran's gray (B,H,W) long
     return _levels(luma(pixels.float()/255, 'coltran'))[:, 0]
 
@@ -503,6 +503,7 @@ def working_side(
     if low not in (None, side//4, side): raise ValueError(f'of photographs of {side}x{side} ColTran colorizes {side//4}x{side//4}, and enlarges that, or {side}x{side}; got {low}')
     return low or side//4
 
+# %% ../nbs/21_coltran.ipynb #4d9e1866
 class ColTran:
     "ColTran's colorizer, ready to be trained."
     gray_kind = 'coltran' # which gray it colorizes, see the notebook on colour

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_baseline', 'features_of', 'sample_rows', 'in_halves',
-           'versions', 'evaluate', 'evaluate_real', 'study_photos', 'spread', 'study_run', 'listed_photographs',
-           'space_options', 'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data',
-           'evaluated', 'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day',
-           'unscored', 'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part',
-           'part_weights', 'load_part', 'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth',
-           'ready_parts', 'given_parts', 'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead',
-           'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
-           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
-           'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
-           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'patient_kernels', 'executed',
-           'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name', 'results_folder', 'Terminated',
-           'until_stopped', 'one_notebook', 'main']
+           'versions', 'evaluate', 'evaluate_real', 'study_photos', 'study_run', 'listed_photographs', 'space_options',
+           'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated',
+           'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score',
+           'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part',
+           'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts',
+           'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo',
+           'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of',
+           'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress',
+           'run_scores', 'run_error', 'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan',
+           'Terminal', 'run_notebook', 'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of',
+           'run_study', 'data_name', 'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
@@ -86,9 +85,9 @@ def _kept_features(path): # what was kept; None where there is nothing, or it is
 OTHER = {'validation': 'test', 'test': 'validation'} # the other photographs of the unpaired column
 SAMPLES = 8 # images kept of each evaluation, the same ones for every model and day
 
-def sample_rows(count:int)->np.ndarray: # rows of a part
-    "Which images of a part are kept as samples: evenly spread."
-    return np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(int)
+def sample_rows(count:int, most:int=SAMPLES)->np.ndarray: # rows of a part
+    "At most so many of a part's images, evenly spread; those that are kept as samples, unless told."
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 # %% ../nbs/32_study.ipynb #c01bc2ab
 def in_halves(colorize, pictures:Tensor, generators:list)->Tensor: # (B,3,H,W) in [0,1]
@@ -167,13 +166,9 @@ def study_photos(
 )->Photos:
     "The photographs of a preset: split as it says, and scored as many as it says."
     photos = load_photos(data, model_options('pix2pix', preset)['side'], preset == 'paper' if paper_split is None else paper_split)
+    parts = {p: photos.parts[p] for p in OTHER}
     most = PRESETS[preset].get('scored', len(photos.array))
-    return replace(photos, parts=photos.parts | {p: spread(photos.parts[p], most) for p in OTHER})
-
-def spread(rows:np.ndarray, most:int)->np.ndarray:
-    "At most so many of the rows, evenly spread: they lie in the folder's order, which may be by class."
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
-
+    return replace(photos, parts=photos.parts | {p: rows[sample_rows(len(rows), most)] for p, rows in parts.items()})
 
 # %% ../nbs/32_study.ipynb #d31230d8
 def study_run(
@@ -966,7 +961,8 @@ def show_status():
 def plan(models=MODELS, seeds:int=1, preset:str='smoke')->list: # (notebook, parameters, weight in the study's bar)
     "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a part, and that for each seed."
     phases = [(n, dict(model=m), w + len(parts_of(m, preset=preset))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
-    if 'bbdm' in models: phases += [('phase2', dict(model='bbdm') | which, 6) for which in PRESETS[preset].get('further', [dict(first_stage='plain')])] # with both phases' part
+    further = PRESETS[preset].get('further', [dict(first_stage='plain')]) if 'bbdm' in models else [] # whose parts are trained for both phases at once
+    phases += [('phase2', dict(model='bbdm') | which, DAYS + len(parts_of('bbdm', **which))) for which in further]
     return [(n, p, w*seeds) for n, p, w in phases] + [('inference_time', {}, 1), ('results', {}, 1)]
 
 def _mirrored(file): # (fraction of the notebook that is done, the innermost bar)

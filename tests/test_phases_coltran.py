@@ -15,7 +15,7 @@ from faic.coltran import Colorizer, Upsampler
 from faic.core import check_params, read_runs, runs_dir
 from faic.data import load_photos
 from faic.plots import main_rows
-from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given
+from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given, official_networks
 from faic.study import find_parts, ready_parts, run_days, run_pretrained, train_part
 from faic.train import TrainingStopped
 
@@ -182,6 +182,9 @@ def test_given_checkpoints_are_looked_at_first(official, tmp_path):
     data.write_bytes(data.read_bytes()[:-1])
     assert "is cut off" in refused(f"official:{tmp_path / 'cut'}")
     assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("colorizer", *UPSAMPLERS))
+    native = ("colorizer", "color_upsampler")  # of a ColTran that works at the photographs' side: these are for 16x16
+    assert list(official_networks(f"official:{official}", 16, native)) == list(native)
+    assert "colorizer is for 16x16 pixels, not 64x64" in refused(f"official:{official}", native)
 
 
 def test_colorize_with_coltran(coltran_runs):
