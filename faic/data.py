@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'SAMPLED',
-           'PREPARED', 'Photos', 'LeftOut', 'to_rgb', 'read_photo', 'file_stats', 'list_files', 'wrong_rows',
-           'difference', 'set_name', 'load_photos', 'describe', 'kept_array', 'enlarged', 'verify', 'Batch', 'share_of',
-           'training_batches', 'latent_batches', 'ordered_batches']
+           'PREPARED', 'Photos', 'LeftOut', 'to_rgb', 'read_photo', 'file_stats', 'list_files', 'shuffled',
+           'wrong_rows', 'difference', 'set_name', 'load_photos', 'describe', 'list_hashes', 'kept_array', 'enlarged',
+           'verify', 'Batch', 'share_of', 'training_batches', 'latent_batches', 'ordered_batches']
 
 # %% ../nbs/02_data.ipynb #665b7a3b
 import errno, glob, hashlib, itertools, json, math, os, re, shutil, stat
@@ -203,6 +203,13 @@ def list_files(
     "The files of `file_stats` with their sizes."
     return [[f, size] for f, (size, _) in file_stats(folder).items()]
 
+# %% ../nbs/02_data.ipynb #722b290d
+def shuffled(
+    files, # paths relative to their folder, with '/'
+)->list: # in an order that has nothing to do with their names, and is always the same
+    "Files by the SHA-256 of their paths."
+    return sorted(files, key=lambda f: hashlib.sha256(f.encode(errors='surrogateescape')).digest())
+
 # %% ../nbs/02_data.ipynb #83ca59bc
 CHUNK = 64 # images between two records of progress
 
@@ -346,7 +353,11 @@ def _refuse_changed(root, side, paper_split, stats):
         if not (folder/'manifest.csv').exists(): continue
         manifest = _read_manifest(folder/'manifest.csv')
         sizes = manifest['size'] if 'size' in manifest else [stats.get(f, (-1, -1))[0] for f in manifest['file']]
-        what = difference(dict(zip(manifest['file'], sizes)), {f: size for f, (size, _) in stats.items()}) or 'changed: the size of some file'
+        what = difference(dict(zip(manifest['file'], sizes)), {f: size for f, (size, _) in stats.items()})
+        if not what and list(manifest['file']) != list(stats): # of the preset paper, or of an older version
+            print(f'{folder.name} has the same photographs in another order; preparing them in this one. To go on with runs that were made with it, give it as data.')
+            continue
+        what = what or 'changed: the size of some file'
         said = f'{root} is not what it was when {folder.name} was prepared. {what}.'
         if runs := _made_with(manifest, side, paper_split):
             raise ValueError(f'{said} Runs that were made with that: {_some(runs)}. To go on with them, give as data what was prepared, which needs the photographs no more: {folder} '
@@ -421,6 +432,7 @@ def set_name(
 def _from_photographs(root, side, paper_split): # (prepared folder, its manifest)
     if root.name == 'embedded': raise ValueError(f"{root}: the name 'embedded' stands for the photographs inside packages; rename the folder")
     stats = file_stats(root)
+    if not paper_split: stats = {f: stats[f] for f in shuffled(stats)}
     folder = runs_dir()/f'data-{root.name}-{side}-{short_hash([side, FILTER, [[f, size] for f, (size, _) in stats.items()]])}'
     if not (folder/'manifest.csv').exists():
         _refuse_changed(root, side, paper_split, stats)
@@ -430,11 +442,12 @@ def _from_photographs(root, side, paper_split): # (prepared folder, its manifest
     if len(manifest) != len(stats): raise ValueError(f'{folder/"manifest.csv"} is damaged: it lists {len(manifest)} files, {root} has {len(stats)}; restore it, or move {folder} away to prepare the photographs anew')
     return folder, _compared(root, stats, folder, manifest, side) if stats else manifest
 
-def _from_prepared(folder, side): # (folder of the photographs or None, manifest)
+def _from_prepared(folder, side, paper_split): # (folder of the photographs or None, manifest)
     prepared_side = int(PREPARED.fullmatch(folder.name)[2])
     if prepared_side != side: raise ValueError(f'{folder} was prepared at {prepared_side}x{prepared_side}, and {side}x{side} is needed: give the folder of photographs as data')
-    source = folder/'source.json' # older ones have none
-    return Path(read_json(source)['folder']) if source.exists() else None, _read_manifest(folder/'manifest.csv')
+    source, manifest = folder/'source.json', _read_manifest(folder/'manifest.csv') # older ones have no source.json
+    if paper_split and not manifest['file'].is_monotonic_increasing: raise ValueError(f"{folder} was prepared in a shuffled order, and the paper's split goes by names: give the folder of photographs as data")
+    return Path(read_json(source)['folder']) if source.exists() else None, manifest
 
 # %% ../nbs/02_data.ipynb #eb58fd05
 def load_photos(
@@ -452,7 +465,7 @@ def load_photos(
     name = set_name(root)
     with idist.one_rank_first(): # of processes that share a run
         if name == root.name: folder, manifest = _from_photographs(root, side, paper_split)
-        else: folder, (root, manifest) = root, _from_prepared(root, side)
+        else: folder, (root, manifest) = root, _from_prepared(root, side, paper_split)
     return _from_folder(name, root, folder, manifest, side, paper_split)
 
 # %% ../nbs/02_data.ipynb #36a8e658
@@ -480,6 +493,12 @@ def describe(photos:Photos)->str:
     parts = ', '.join(f'{len(rows)} {part}' for part, rows in photos.parts.items())
     why = ', '.join(f'{n} {reason}' for reason, n in photos.left_out.items())
     return f'{photos.name}, {photos.side}x{photos.side}: {parts}' + (f'; left out: {why} (see {photos.folder.name}/manifest.csv)' if why else '')
+
+# %% ../nbs/02_data.ipynb #f8475ce8
+def list_hashes(photos:Photos)->dict: # part -> hex
+    "The SHA-256 of the list of files in each part: their paths in order, a line each."
+    files = photos.manifest[photos.manifest['row'] >= 0].set_index('row')['file']
+    return {part: hashlib.sha256(''.join(f + '\n' for f in files[rows]).encode(errors='surrogateescape')).hexdigest() for part, rows in photos.parts.items()}
 
 # %% ../nbs/02_data.ipynb #55c19cf5
 def _sums_of(path): return path.with_name(path.name + '.sums')

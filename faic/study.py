@@ -34,7 +34,7 @@ from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .coltran import square
 from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_all, generator_for, is_first, locked, locked_together, open_run, progress, read_json, read_runs,
                        repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
-from .data import Photos, difference, enlarged, list_files, load_photos, ordered_batches, set_name, to_rgb
+from .data import Photos, difference, enlarged, list_files, list_hashes, load_photos, ordered_batches, set_name, to_rgb
 from .metrics import image_scores, summarize
 from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared
 from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
@@ -211,7 +211,7 @@ def data_options(photos:Photos, phase:str)->dict:
 
 def said_with(photos:Photos)->dict:
     "What must be said beside results made with these photographs; recorded with a run, not hashed."
-    return dict(caution=photos.caution, credits=photos.credits)
+    return dict(caution=photos.caution, credits=photos.credits, lists=list_hashes(photos))
 
 TRAINING = {'phase1': 'train_phase1', 'phase2': 'train'} # the training part of each phase
 EVALUATED = {'phase1': 'validation', 'phase2': 'test'} # and the part on which it is scored

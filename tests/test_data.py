@@ -1,5 +1,5 @@
 """Data: every kind of bad file, resuming after a kill, and the promises of the loader. Images are made here, from seeds."""
-import itertools, os, signal, struct, subprocess, sys, time, zlib
+import hashlib, itertools, os, signal, struct, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +207,25 @@ def test_names_that_are_not_text(folder):
     photos = load_photos(folder, 32)
     assert len(photos.array) == 43 and all(p.exists() for p in photos.source)
     assert load_photos(folder, 32).source == photos.source
+
+
+# the order
+
+def test_folders_that_stand_for_classes_are_shuffled_always_in_the_same_way(folder, monkeypatch):
+    for c in 'abcde':
+        (folder/c).mkdir()
+        for i in range(20): photo(100 + i).save(folder/c/f'{i:02}.png')
+    photos = load_photos(folder, 32)
+    files = {part: [photos.source[row].relative_to(folder).as_posix() for row in rows] for part, rows in photos.parts.items()}
+    together = sum((files[part] for part in ('train', 'validation', 'test')), [])
+    assert together != sorted(together) and sorted(together) == [f for f, _ in list_files(folder)]
+    assert together == sorted(together, key=lambda f: hashlib.sha256(f.encode()).hexdigest())
+    assert {f[0] for f in files['train']} == {*'abcde0123'} and files['train_phase1'] == files['train'][:70]
+    monkeypatch.setattr(data, 'PAPER_SPLIT', dict(train=100, validation=20, test=20)) # the published split goes by names
+    published = load_photos(folder, 32, paper_split=True)
+    assert [p.relative_to(folder).as_posix() for p in published.source] == sorted(together) and published.folder != photos.folder
+    assert load_photos(published.folder, 32, paper_split=True).fingerprint == published.fingerprint
+    with pytest.raises(ValueError, match='prepared in a shuffled order'): load_photos(photos.folder, 32, paper_split=True)
 
 
 # errors

@@ -106,6 +106,17 @@ def test_a_changed_folder_that_no_run_needs_is_prepared_anew_and_said(folder, ca
     assert f"not what it was when {first.folder.name} was prepared. removed: 1 (07.bmp); added: 1 (98.bmp). No run was made with that" in capsys.readouterr().out
 
 
+def test_a_folder_prepared_in_the_order_of_names_goes_on_as_data_and_is_said(folder, monkeypatch, capsys):
+    """As versions did that shuffled nothing."""
+    with monkeypatch.context() as m:
+        m.setattr(data, "shuffled", sorted)
+        first = load_photos(folder, SIDE)
+    run_with(first)
+    second = load_photos(folder, SIDE)
+    assert f"{first.folder.name} has the same photographs in another order" in capsys.readouterr().out and second.fingerprint != first.fingerprint
+    assert load_photos(first.folder, SIDE).fingerprint == first.fingerprint
+
+
 def test_same_size_other_content(folder):
     first = load_photos(folder, SIDE)
     size = (folder / "05.bmp").stat().st_size
@@ -385,7 +396,7 @@ class Judge(torch.nn.Module):
 def test_the_real_photographs_are_looked_at_once_and_again_where_that_was_damaged(folder, capsys):
     photos, counts, rows = load_photos(folder, SIDE), [], []
     for damage in (None, None, "cut", "garbage"):
-        (kept, *_) = list(runs_dir().glob("data-features/*-test-*")) or [None]
+        (kept, *_) = list(runs_dir().glob("data-features/*-test-*.npz")) or [None]
         if damage == "cut":
             os.truncate(kept, 300)
         if damage == "garbage":
