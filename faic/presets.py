@@ -114,9 +114,9 @@ PRESETS = {
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25, batch_size=2, lr=1e-3))),
     'laptop': dict(
-        budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=1000,
-        sampling={'bbdm': dict(sample_steps=50)},
-        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(64, 2), _narrow(32, 4, lr=3e-3))
+        budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=500, further=[dict(latent='none')],
+        sampling={'bbdm': dict(sample_steps=10)},
+        changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
