@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'MODEL_PARTS', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'KINDS',
            'INTERVALS', 'SEEDS_INTERVAL', 'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES',
-           'WORK_COLUMN', 'SUMMED', 'TIME_LINES', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED', 'model_kind',
-           'model_name', 'Evidence', 'read_evidence', 'main_rows', 'scored_with', 'judge_label', 'own_words',
-           'refuse_different', 't_interval', 'over_seeds', 'seed_days', 'main_days', 'name_seeds', 'seeds_text',
-           'refuse_mixed', 'footer', 'interval_note', 'averaging_note', 'one_seed', 'seed_notes', 'fewer_seeds',
-           'bias_note', 'collapses', 'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table', 'entry_rows',
-           'seed_rows', 'value_text', 'score_view', 'lowest_fid', 'baseline_rows', 'winner_of', 'sampled_alike',
-           'seeds_compared', 'variants_table', 'all_models', 'further_models', 'common_day', 'reconstruction_rows',
-           'phase2_table', 'training_rows', 'clock', 'training_table', 'stage_times', 'times_table', 'style',
-           'add_footer', 'save_figure', 'diagram', 'box', 'picture', 'arrow', 'box_column', 'sample_grid', 'day_curves',
-           'sample_file', 'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11',
-           'figure7', 'steps_runs', 'steps_table', 'figure_steps', 'verdict', 'conclude', 'against_gray',
-           'hypothesis_sentences', 'model_seconds']
+           'WORK_COLUMN', 'SUMMED', 'TIME_LINES', 'STAGE_OF', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED',
+           'model_kind', 'model_name', 'Evidence', 'read_evidence', 'main_rows', 'scored_with', 'judge_label',
+           'own_words', 'refuse_different', 't_interval', 'over_seeds', 'seed_days', 'main_days', 'name_seeds',
+           'seeds_text', 'refuse_mixed', 'footer', 'interval_note', 'averaging_note', 'one_seed', 'seed_notes',
+           'fewer_seeds', 'bias_note', 'collapses', 'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table',
+           'entry_rows', 'seed_rows', 'value_text', 'score_view', 'lowest_fid', 'baseline_rows', 'winner_of',
+           'sampled_alike', 'seeds_compared', 'variants_table', 'all_models', 'further_models', 'common_day',
+           'reconstruction_rows', 'phase2_table', 'training_rows', 'clock', 'training_table', 'stage_times',
+           'times_table', 'sizes_table', 'style', 'add_footer', 'save_figure', 'diagram', 'box', 'picture', 'arrow',
+           'box_column', 'sample_grid', 'day_curves', 'sample_file', 'read_samples', 'credits', 'not_run_figure',
+           'paper_figure', 'upsampler_rows', 'figure11', 'figure7', 'steps_runs', 'steps_table', 'figure_steps',
+           'verdict', 'conclude', 'against_gray', 'hypothesis_sentences', 'model_seconds']
 
 # %% ../nbs/04_plots.ipynb #87efc86f
 import re, textwrap
@@ -741,6 +741,32 @@ def _how_timed(run, images):
     if run.empty: return 'not run'
     counts, devices = sorted({int(n) for n in run['images']}), ' and '.join(sorted(set(run['device'])))
     return f"projected from {' or '.join(map(str, counts))} images on {devices}" if counts[0] < images else f'measured on {devices}'
+
+# %% ../nbs/04_plots.ipynb #5a1e0002
+STAGE_OF = {'coltran': ('coltran', 'colorizer'), 'coltran_color': ('coltran', 'color upsampler'), 'coltran_spatial': ('coltran', 'spatial upsampler')} # network -> where its arithmetic stands among the times
+
+def sizes_table(
+    evidence:Evidence,
+    parameters:dict, # model (see model_kind) or part -> parameters of the network that colorizes
+)->Table:
+    "Parameters, arithmetic and learning speed of each network."
+    timed, rows = stage_times(evidence).set_index(['model', 'stage']), []
+    gflop = timed['gflop_per_image'] if 'gflop_per_image' in timed else pd.Series(dtype=float)
+    for name, count in parameters.items():
+        run, what = evidence.find('phase2', name) or evidence.find('part', name, 'phase2'), model_name(name)
+        row = dict(entry=what, status='run' if run else 'not run', parameters=count, GFLOP=gflop.get(STAGE_OF.get(name, (name, 'colorize')), np.nan))
+        rows.append(row | (_learned(run) if run else {}))
+    lines = (('parameters', 'parameters', ',.0f'), ('GFLOP', 'GFLOP an image', '.4g'), ('seen', 'photographs learned from, phase 2', ',.0f'), ('speed', 'of them a second', '.1f'))
+    frame = pd.DataFrame(rows)
+    lines = {title: [value_text({k: v for k, v in r.items() if k != 'status' or c in ('seen', 'speed')}, c, spec) for r in rows] for c, title, spec in lines if c in frame}
+    notes = ["Parameters: of the network that colorizes; a GAN's and a VQGAN's discriminators come on top while training.",
+             "GFLOP: of a whole answer; BBDM's has all of its sampling steps and, in latents, the VQGAN's encoder and decoder.", *caution(evidence)]
+    return Table("What was compared: the networks at this preset's size", frame, pd.DataFrame(lines, index=frame['entry']).T, notes, footer(evidence))
+
+def _learned(run): # from how many photographs, and how many a second
+    last = main_rows(run).iloc[-1]
+    seen = last.get('step', np.nan)*run.options.get('train', {}).get('batch_size', np.nan)
+    return dict(seen=seen, speed=seen/last.get('training_seconds', np.nan))
 
 # %% ../nbs/04_plots.ipynb #3a238cac
 INCHES = 7.2 # width of a figure: a page of A4 or letter with margins

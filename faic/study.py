@@ -1142,7 +1142,7 @@ def until_stopped(work): # function without arguments -> what it gives
 def one_notebook():
     "The command line: python -m faic.study notebook phase2 -p model coltran -p budget '2 hours'"
     a = argparse.ArgumentParser(prog='python -m faic.study notebook', description='Run one notebook through papermill; what it shows is in the study folder of the runs.')
-    a.add_argument('name', choices=('phase1', 'phase2', 'inference_time', 'results', 'colorize'))
+    a.add_argument('name', choices=('phase1', 'phase2', 'inference_time', 'results', 'failures', 'colorize'))
     a.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook')
     o = a.parse_args(sys.argv[2:])
     given, rank = dict(o.p), int(os.environ.get('RANK', 0))
