@@ -156,6 +156,24 @@ def test_colorize_keeps_size_and_leaves_out_what_is_no_photograph(phase2, tmp_pa
         assert result.size == (90, 70) and result.mode == "RGB"
 
 
+def test_failures_compares_with_gray_and_with_the_untrained_self(phase2, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIC_FIGURES", str(tmp_path / "figures"))
+    done = papermill("failures", tmp_path, images=12, device="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "figures" / "smoke"
+    scores = pd.read_csv(folder / "table_untrained.csv", comment="#").set_index("entry")["FID (EfficientNet-Lite0)"]
+    (run,) = read_runs(phase="phase2", model="pix2pix")
+    gray = read_runs(phase="phase2", model="baseline", variant="gray")[0]
+    assert scores["Pix2Pix"] == pytest.approx(run.metrics()["FID (EfficientNet-Lite0)"].iloc[-1])
+    assert scores["gray image"] == pytest.approx(gray.metrics()["FID (EfficientNet-Lite0)"].iloc[-1], rel=1e-4)
+    assert scores["Pix2Pix, untrained"] != scores["Pix2Pix"]
+    errors = pd.read_csv(folder / "table_errors.csv", comment="#").set_index("entry")
+    assert errors["lightness steps, share"].round(2).tolist() == [1, 1]  # both keep the photograph's
+    assert errors["colour, share of the photograph's"]["gray image"] < 0.01
+    figures = {f"{name}.{end}" for name in ("failures_pix2pix", "figure4_free", "figure8_free") for end in ("png", "pdf")}
+    assert figures <= {f.name for f in folder.iterdir()}
+
+
 def test_wrong_parameters_stop_at_once_with_the_valid_ones(tmp_path):
     began = time.monotonic()
     done = papermill("phase2", tmp_path, model="colrtan", sede=3, batch_norm="off", budget="two days", temperature=-1)
