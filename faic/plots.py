@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'MODEL_PARTS', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'KINDS',
            'INTERVALS', 'SEEDS_INTERVAL', 'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES',
-           'WORK_COLUMN', 'SUMMED', 'TIME_LINES', 'STAGE_OF', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED',
+           'WORK_COLUMN', 'STAGE_OF', 'SUMMED', 'TIME_LINES', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED',
            'model_kind', 'model_name', 'Evidence', 'read_evidence', 'main_rows', 'scored_with', 'judge_label',
            'own_words', 'refuse_different', 't_interval', 'over_seeds', 'seed_days', 'main_days', 'name_seeds',
            'seeds_text', 'refuse_mixed', 'footer', 'interval_note', 'averaging_note', 'one_seed', 'seed_notes',
@@ -680,6 +680,8 @@ def _share_note(model, rows):
     return f'{model_name(model)}: {clock(main)} of training{each} in its variants and days, and {clock(parts)} beside that in its parts.'
 
 # %% ../nbs/04_plots.ipynb #9ea96d06
+STAGE_OF = {'coltran': ('coltran', 'colorizer'), 'coltran_color': ('coltran', 'color upsampler'), 'coltran_spatial': ('coltran', 'spatial upsampler')} # network -> where its arithmetic stands among the times
+
 def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's stages first
     "The fastest timing of each stage of each model, projected to the paper's number of images."
     paper = PAPER_TABLES['Table IV']
@@ -687,6 +689,8 @@ def stage_times(evidence:Evidence)->pd.DataFrame: # a row a stage, the paper's s
              for m in (*all_models(evidence), *further_models(evidence)) if (r := evidence.find('inference', m))}
     known = {m for m, _ in paper['hours']} # of these only the paper's stages, whatever else was timed
     stages = dict.fromkeys([*paper['hours'], *((m, s) for m, t in times.items() if m not in known for s in t['stage'])])
+    spatial = STAGE_OF['coltran_spatial'] # which a ColTran has not that works at the photographs' side
+    if 'coltran' in times and spatial[1] not in set(times['coltran']['stage']): del stages[spatial]
     rows = []
     for model, stage in stages:
         entry = model_name(model) + (f', {stage}' if stage != 'colorize' else '')
@@ -743,8 +747,6 @@ def _how_timed(run, images):
     return f"projected from {' or '.join(map(str, counts))} images on {devices}" if counts[0] < images else f'measured on {devices}'
 
 # %% ../nbs/04_plots.ipynb #5a1e0002
-STAGE_OF = {'coltran': ('coltran', 'colorizer'), 'coltran_color': ('coltran', 'color upsampler'), 'coltran_spatial': ('coltran', 'spatial upsampler')} # network -> where its arithmetic stands among the times
-
 def sizes_table(
     evidence:Evidence,
     parameters:dict, # model (see model_kind) or part -> parameters of the network that colorizes
@@ -758,7 +760,7 @@ def sizes_table(
         rows.append(row | (_learned(run) if run else {}))
     lines = (('parameters', 'parameters', ',.0f'), ('GFLOP', 'GFLOP an image', '.4g'), ('seen', 'photographs learned from, phase 2', ',.0f'), ('speed', 'of them a second', '.1f'))
     frame = pd.DataFrame(rows)
-    lines = {title: [value_text({k: v for k, v in r.items() if k != 'status' or c in ('seen', 'speed')}, c, spec) for r in rows] for c, title, spec in lines if c in frame}
+    lines = {title: [value_text({k: v for k, v in r.items() if k != 'status' or c in ('seen', 'speed')}, c, spec) for r in rows] for c, title, spec in lines}
     notes = ["Parameters: of the network that colorizes; a GAN's and a VQGAN's discriminators come on top while training.",
              "GFLOP: of a whole answer; BBDM's has all of its sampling steps and, in latents, the VQGAN's encoder and decoder.", *caution(evidence)]
     return Table("What was compared: the networks at this preset's size", frame, pd.DataFrame(lines, index=frame['entry']).T, notes, footer(evidence))

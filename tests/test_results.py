@@ -21,7 +21,7 @@ from faic.presets import PARTS
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
 DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
-TABLES = ("table1", "table2", "table3", "table4", "table_phase2", "table_steps", "table_training")
+TABLES = ("table1", "table2", "table3", "table4", "table_phase2", "table_sizes", "table_steps", "table_training")
 FILES = [f"{t}.{e}" for t in TABLES for e in ("csv", "md", "tex")]
 FILES += [f"figure{n}.{e}" for n in (*range(1, 12), "_steps") for e in ("png", "pdf")] + ["hypothesis.md"]
 
