@@ -21,6 +21,7 @@ import torch
 
 from .core import Budget, budget_or_empty, comma_list, read_runs
 from .data import _split, list_files, load_photos
+from .plots import usual_latent
 from .presets import (DAYS, MODELS, PAPER_FID, PAPER_WINNER, PRESETS, day_budget, make_trainee, model_options, part_budget,
                           parts_of)
 from .study import data_name, executed, plan, run_notebook, run_progress, study_folder
@@ -84,12 +85,12 @@ def trainings(job:Job)->list: # of Training, in order
     "What a job trains."
     p, phase = job.parameters, job.notebook
     if phase not in ('phase1', 'phase2'): return []
-    model, preset, latent, stage = p['model'], p['preset'], p.get('latent', 'f4'), p.get('first_stage', '')
+    model, preset, latent, stage = p['model'], p['preset'], p.get('latent', ''), p.get('first_stage', '')
     day = day_budget(preset, p['budget'], model, phase)
     part = lambda name, phase: Training(name, phase, model_options(name, preset), part_budget(preset, name, phase))
     if phase == 'phase1' and p['variants'] == 'none': return [part(n, 'phase1') for n in parts_of(model, preset=preset)]
     if phase == 'phase1': return [Training(model, phase, model_options(model, preset, p['variants']), day)]
-    parts = [part(n, ph) for n in parts_of(model, latent, stage, preset) for ph in (('phase1', 'phase2') if stage else ('phase2',))] # the parts job trained only those of ''
+    parts = [part(n, ph) for n in parts_of(model, latent, stage, preset) for ph in (('phase2',) if not stage and latent in ('', usual_latent(preset)) else ('phase1', 'phase2'))] # the parts job trained only the rival's
     return [*parts, Training(model, phase, model_options(model, preset, PAPER_WINNER[model], latent), day*DAYS, DAYS)]
 
 # %% ../nbs/33_cluster.ipynb #4484fb4b

@@ -20,7 +20,7 @@ from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, o
 from .core import Budget, budget_or_empty, check_params, comma_list, one_of, short_hash, text, whole
 from .layers import norm_groups
 from .pix2pix import Pix2Pix, pix2pix_colorizer
-from .plots import PAPER_TABLES, PAPER_WORK
+from .plots import PAPER_TABLES, PAPER_WORK, usual_latent
 from .vqgan import DISCRIMINATORS, VQGAN, ldm_model
 
 # %% ../nbs/31_presets.ipynb #236cb939
@@ -72,12 +72,13 @@ PARTS = {'coltran': ('coltran_color', 'coltran_spatial'), 'bbdm': tuple(VQGANS)}
 
 def parts_of(
     model:str, # one of MODELS
-    latent:str='f4', # of bbdm: one of LATENTS
+    latent:str='', # of bbdm: one of LATENTS; '': the preset's
     first_stage:str='', # of bbdm: 'plain' without the perceptual term; '' or a given file: with it
-    preset:str='paper', # of coltran: where it is native, there is no spatial upsampler
+    preset:str='paper', # where ColTran is native, it has no spatial upsampler
 )->tuple:
     "The names of the parts that a model needs; Pix2Pix, and BBDM in pixel space, have none."
     if model != 'bbdm': return tuple(p for p in PARTS.get(model, ()) if p in PRESETS[preset]['parts'])
+    latent = latent or usual_latent(preset)
     return () if latent == 'none' else (f'vqgan_{latent}_plain' if first_stage == 'plain' else f'vqgan_{latent}',)
 
 # %% ../nbs/31_presets.ipynb #100f8b99
@@ -114,13 +115,13 @@ PRESETS = {
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25, batch_size=2, lr=1e-3))),
     'laptop': dict(
-        budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=500, further=[dict(latent='none')],
+        budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=500, further=[dict(latent='f4')],
         sampling={'bbdm': dict(sample_steps=10)},
         changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
-        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'), further=[dict(first_stage='plain'), dict(latent='none')],
+        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'), further=[dict(latent='f4'), dict(latent='f4', first_stage='plain')],
         changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {})
                 | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(
@@ -135,12 +136,12 @@ def model_options(
     model:str, # one of MODELS, or a part
     preset:str, # one of PRESETS
     variant:str='default', # one of the model's VARIANTS; parts have the default only
-    latent:str='f4', # of bbdm: one of LATENTS
+    latent:str='', # of bbdm: one of LATENTS; '': the preset's
     first_stage:str='', # of bbdm: '', 'plain' or a given file, whose latents are taken as they are
 )->dict: # network, data and training options, resolved
     "The paper's options with the changes of the preset, of bbdm's latent, and then of the variant."
     options = PAPER[model] | PRESETS[preset]['changes'].get(model, {})
-    if model == 'bbdm': options |= LATENTS[latent] | ({} if first_stage in ('', 'plain') else dict(normalize=False))
+    if model == 'bbdm': options |= LATENTS[latent or usual_latent(preset)] | ({} if first_stage in ('', 'plain') else dict(normalize=False))
     return options | ({} if variant == 'default' else VARIANTS[model][variant])
 
 def day_budget(
@@ -341,7 +342,7 @@ def first_stage(
 ):
     "A check: '' and 'plain' for BBDM's own first stages, or the path of a given one that fits."
     def check(value):
-        if text(value) and latent == 'none': raise ValueError("latent none works on pixels and has no first stage; expected ''")
+        if text(value) and latent == 'none': raise ValueError("latent none (as laptop and gpu have it) works on pixels and has no first stage; expected '', or latent f4, f8 or f16")
         if value not in ('', 'plain'): given_first_stage(value, latent)
         return value
     return check
@@ -366,8 +367,9 @@ def notebook_parameters(
     needed = upsamplers_of(preset) if preset in PRESETS else UPSAMPLERS
     for n, (plain, networks) in dict(upsamplers=('own', needed), pretrained=('', ('colorizer', *needed))).items():
         if n in checks: checks[n] = given(plain, networks, side) if model in (None, 'coltran') else lambda value, plain=plain: plain
-    latent = namespace.get('latent')
+    latent = namespace.get('latent') or usual_latent(preset)
     if 'first_stage' in checks: checks['first_stage'] = first_stage(latent if latent in LATENTS else None) if model in (None, 'bbdm') else lambda value: ''
+    if 'latent' in checks: checks['latent'] = lambda value: one_of(*LATENTS)(value or latent)
     return check_params(namespace, **checks)
 
 def variants_of(model:str):

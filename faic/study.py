@@ -36,7 +36,7 @@ from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_a
                        repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
 from .data import Photos, difference, enlarged, list_files, list_hashes, load_photos, ordered_batches, set_name, to_rgb
 from .metrics import image_scores, summarize
-from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared
+from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared, usual_latent
 from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
                           official_name, official_folders, official_networks, part_budget, parts_of, upsamplers_of, usual_sampling)
 from .train import Trainer, errors_kept, final, load_weights, out_of_memory, train_day, work_done
@@ -180,7 +180,7 @@ def study_run(
     photos:Photos,
     budget:Budget, # of the whole run
     device,
-    latent:str='f4', # of bbdm, and so below
+    latent:str='', # of bbdm, and so below; '': the preset's
     first_stage:str='', # of bbdm: '', 'plain' or a file
 )->Run:
     "Open the run of one variant; photographs.csv lists which photographs are in which part."
@@ -198,10 +198,11 @@ def listed_photographs(photos:Photos, phase:str)->pd.DataFrame: # part, row, fil
     rows = pd.concat([pd.DataFrame(dict(part=p, row=photos.parts[p])) for p in (TRAINING[phase], *OTHER)])
     return rows.merge(photos.manifest[['row', 'file', 'sha256']], on='row')
 
-def space_options(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict:
+def space_options(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='', first_stage:str='')->dict:
     "In which space bbdm works: latent, and first_stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>', or '' where there is none."
     if model != 'bbdm': return {}
     own = [f'{first_stage or "own"}:{h}' for h in own_parts(model, phase, preset, seed, photos, latent, first_stage).values()]
+    latent = latent or usual_latent(preset)
     return dict(latent=latent, first_stage='' if latent == 'none' else (own or [given_name(first_stage)])[0])
 
 def data_options(photos:Photos, phase:str)->dict:
@@ -421,7 +422,7 @@ def part_options(
                    train=model_options(part, preset))
     return options if phase == 'phase1' else options | dict(continues=short_hash(part_options(part, 'phase1', preset, seed, photos)))
 
-def own_parts(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='f4', first_stage:str='')->dict: # part -> the six digits that its run's name ends in
+def own_parts(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='', first_stage:str='')->dict: # part -> the six digits that its run's name ends in
     "The runs of a model's own parts, trained or not yet; a given first stage has none."
     names = parts_of(model, latent, first_stage, preset) if first_stage in ('', 'plain') else ()
     return {p: short_hash(part_options(p, phase, preset, seed, photos)) for p in names}
@@ -533,7 +534,7 @@ def ready_parts(
     sampling:dict, # see chosen_sampling; 'upsamplers' is 'own' or 'official:/path'
     judge, # feature network of faic.metrics
     device,
-    latent:str='f4', # of bbdm
+    latent:str='', # of bbdm; '': the preset's
     first_stage:str='', # of bbdm: '', 'plain' or a file
     others:int=1, # what the notebook does after this; for its bar
     **how, # workers, pieces and watch, see Trainer
@@ -638,13 +639,13 @@ def phase1_winner(
     seed:int, # the first
     photos:Photos,
     budget:str, # of a variant and of a day, as phase 1 was given it
-    latent:str='f4', # of bbdm
+    latent:str='', # of bbdm; '': the preset's
     first_stage:str='', # of bbdm: '', 'plain' or a file
     seeds:int=1, # how many: seed, seed + 1, ...
 )->tuple: # (variant, sentence that says where the choice comes from)
-    "The variant that phase 2 trains: the lowest FID of phase 1 under the same conditions, or in BBDM's usual latent, else the paper's winner."
+    "The variant that phase 2 trains: the lowest FID of phase 1 under the same conditions, or in BBDM's usual space, else the paper's winner."
     runs = {s: [r for r in read_runs(phase='phase1', model=model, preset=preset, seed=s) if r.options['data']['fingerprint'] == photos.fingerprint] for s in range(seed, seed + seeds)}
-    for space, elsewhere in (((latent, first_stage), ''), (('f4', ''), ' in f4 with its own first stage (here it has not compared variants)')):
+    for space, elsewhere in (((latent, first_stage), ''), ((usual_latent(preset), ''), ' in the usual space (here it has not compared variants)')):
         wanted = {s: dict(budget=budget) | space_options(model, 'phase1', preset, s, photos, *space) for s in runs}
         winner = choose([r for s in runs for r in newest_scored([r for r in runs[s] if wanted[s].items() <= r.options.items()])])
         if not winner: continue
@@ -843,14 +844,15 @@ def newest_run(
     preset:str,
     seed:int, # of the run
     photos:Photos, # that the run was made with
-    latent:str='f4', # of bbdm, whose runs with the usual first stage come before others
+    latent:str='', # of bbdm, '': the preset's; runs with the usual first stage come before others
 ): # Run, or None
     "The newest trained run of phase 2 of these photographs."
     runs = [r for r in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if r.options['data']['fingerprint'] == photos.fingerprint]
+    latent = latent or usual_latent(preset)
     runs = [r for r in runs if r.options.get('latent', latent) == latent and list(r.path.glob('day-*.safetensors'))]
     return max(runs, key=lambda r: (r.options.get('first_stage', '').startswith('own'), r.options['made']['time']), default=None)
 
-def newest_weights(model:str, preset:str, seed:int, photos:Photos, latent:str='f4'): # Path, or None
+def newest_weights(model:str, preset:str, seed:int, photos:Photos, latent:str=''): # Path, or None
     "The last day's weights of the newest run."
     run = newest_run(model, preset, seed, photos, latent)
     return last_day(run)[1] if run else None
@@ -962,7 +964,7 @@ def plan(models=MODELS, seeds:int=1, preset:str='smoke')->list: # (notebook, par
     "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a part, and that for each seed."
     phases = [(n, dict(model=m), w + len(parts_of(m, preset=preset))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
     further = PRESETS[preset].get('further', [dict(first_stage='plain')]) if 'bbdm' in models else [] # whose parts are trained for both phases at once
-    phases += [('phase2', dict(model='bbdm') | which, DAYS + len(parts_of('bbdm', **which))) for which in further]
+    phases += [('phase2', dict(model='bbdm') | which, DAYS + len(parts_of('bbdm', which.get('latent', ''), which.get('first_stage', ''), preset))) for which in further]
     return [(n, p, w*seeds) for n, p, w in phases] + [('inference_time', {}, 1), ('results', {}, 1)]
 
 def _mirrored(file): # (fraction of the notebook that is done, the innermost bar)

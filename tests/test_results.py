@@ -14,7 +14,7 @@ import faic.presets
 import faic.study
 from faic.core import open_run, pick_device, read_json, read_runs, repo_root, write_json
 from faic.metrics import METRICS, column
-from faic.plots import MODEL_PARTS, PAPER_TABLES, Evidence, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_seconds, paper_figure, phase2_table, read_evidence
+from faic.plots import PAPER_TABLES, Evidence, conclude, figure7, figure11, figure_steps, hypothesis_sentences, model_parts, model_seconds, paper_figure, phase2_table, read_evidence
 from faic.plots import sample_file, save_figure, steps_table, times_table, training_table, variants_table, verdict, winner_of
 from faic.presets import PARTS
 
@@ -35,7 +35,7 @@ def scores(fid, width=2.0, only=METRICS):
 
 def run(phase, model, variant, rows, data=DATA, time="2031-05-05T12:00:00", seed=0, sampling="", parts={}, **options):
     """A run folder as the study writes it: options, rows of metrics, noise as samples."""
-    options = dict(phase=phase, model=model, preset="smoke", seed=seed, data=data, **options) | ({"variant": variant} if variant else {})
+    options = dict(phase=phase, model=model, preset="smoke", seed=seed, data=data) | options | ({"variant": variant} if variant else {})
     made = open_run(options, pick_device("cpu"))
     write_json(made.path / "options.json", made.options | dict(made=dict(time=time, commit="c0ffee1234", device="a test's abacus", caution=CAUTION, credits="Photographs: noise.", sampling=sampling, parts=parts)))
     (made.path / "samples").mkdir(exist_ok=True)
@@ -152,7 +152,7 @@ def test_more_models_slot_in(folders):
     model_runs("coltran", 60.0, ("model", "photograph"), seconds=5.0)
     model_runs("bbdm", 61.0, ("model", "photograph"))
     time_bbdm(1.0)
-    for part, phase in itertools.product([*MODEL_PARTS["coltran"], *MODEL_PARTS["bbdm"]], ("phase1", "phase2")):
+    for part, phase in itertools.product(["coltran_color", "coltran_spatial", "vqgan_f4"], ("phase1", "phase2")):
         part_run(part, phase, 40, 12.0, budget="40 steps")
     evidence = read_evidence("smoke", "embedded", 0, dict(phase1="60 steps", phase2="300 steps"))
     assert not any(n.startswith("Left out") for n in training_table(evidence).notes)
@@ -187,7 +187,7 @@ def test_parts_stand_apart(folders):
     assert rows.loc["ColTran, color upsampler, phase 1", "step"] == 11, "the part that the runs name goes before a newer one"
     assert rows.loc["ColTran, color upsampler, phase 2", "step"] == 60
     assert "trained beside" in variants_table("Table II", read_evidence("smoke", "embedded", 0)).markdown()
-    named = {m: {part for kind, parts in MODEL_PARTS.items() if kind.split(":")[0] == m for part in parts} for m in PARTS}
+    named = {m: {part for kind, parts in model_parts("smoke").items() if kind.split(":")[0] == m for part in parts} for m in PARTS}
     assert named == {m: set(p) for m, p in PARTS.items()}, "every part has a name in tables"
 
 
@@ -236,6 +236,21 @@ def test_further_models_are_no_rivals(folders):
     work = training_table(evidence).frame.set_index("entry")
     assert work.loc["BBDM, VQGAN f4, phase 2", ["step", "epochs"]].tolist() == [40, 8] and work.loc["BBDM, VQGAN f4, phase 1", "status"] == "not run"
     assert "BBDM, f8, given first stage, phase 1: default" in work.index and "BBDM, pixel space, phase 1" not in work.index
+
+
+def test_at_64_the_rival_works_on_pixels(folders):
+    """In laptop and gpu BBDM's latents are the further model, and its pixels the rival."""
+    for latent, stage, fid in (("f4", "own:1a2b3c", 20.0), ("none", "", 70.0)):
+        run("phase1", "bbdm", "default", [dict(day=1, **scores(fid))], preset="laptop", latent=latent, first_stage=stage)
+        run("phase2", "bbdm", "l2", [dict(day=d, **scores(fid - d)) for d in range(1, 6)], preset="laptop", latent=latent, first_stage=stage)
+    run("part", "vqgan_f4", None, [dict(day=1, step=40, training_seconds=12.0, **scores(8.0), **{"codebook usage": 0.25})], of="phase2", budget="40 steps", preset="laptop")
+    evidence, fid = read_evidence("laptop", "embedded", 0), column("FID", LABEL)
+    table = phase2_table(evidence)
+    assert table.frame.set_index("entry").loc[["BBDM", "BBDM, f4", "VQGAN f4, reconstruction"], fid].tolist() == [65, 15, 8]
+    assert any("works on the pixels" in n for n in table.notes)
+    assert variants_table("Table III", evidence).frame.set_index("entry").loc["default", fid] == 70
+    work = training_table(evidence).frame["entry"].tolist()
+    assert "BBDM, VQGAN f4, phase 2" in work and "BBDM, VQGAN f4, phase 1" not in work
 
 
 def test_table4_adds_up_stages(folders):
