@@ -658,7 +658,10 @@ def _training_row(evidence, model, phase, variant=None, part=''):
 
 def _work(run): # all that it was trained
     done = main_rows(run).iloc[-1].reindex(['step', 'training_seconds']).dropna().to_dict()
-    return done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run), run=run.path.name)
+    return done | dict(epochs=done.get('step', np.nan)*_epochs_a_step(run), resumed=_resumed(run), run=run.path.name)
+
+def _resumed(run): # how often it was interrupted and went on; where there is no log, nobody knows
+    return sum(e.get('event') == 'resumed' for e in run.events()) if (run.path/'log.jsonl').exists() else np.nan
 
 # %% ../nbs/04_plots.ipynb #07db3d9f
 def clock(seconds:float)->str: # 'h:mm:ss'
@@ -671,12 +674,13 @@ def training_table(evidence:Evidence)->Table:
     "What training each model and each part got."
     rows = training_rows(evidence)
     frame = pd.DataFrame(rows)
-    work = [c for name in ('step', 'epochs', 'training_seconds') for c in (name, f'{name} low', f'{name} high') if c == name or c in frame]
+    work = [c for name in ('step', 'epochs', 'training_seconds', 'resumed') for c in (name, f'{name} low', f'{name} high') if c == name or c in frame]
     frame = frame.reindex(columns=['entry', 'model', 'part', 'phase', 'variant', 'status', 'budget', *['seeds']*bool(evidence.repeats), *work, WORK_COLUMN, 'run'])
     lines = {'budget': [_word(r, 'budget') for r in rows]}
     if evidence.repeats: lines['seeds'] = [value_text(r, 'seeds', '.0f') for r in rows]
     lines |= {title: [value_text(r, c, spec) for r in rows] for c, title, spec in WORK_LINES if c in ('step', 'epochs')}
     lines['time, h:mm:ss'] = [_time_text(r) for r in rows]
+    if frame['resumed'].notna().any(): lines['times interrupted and resumed'] = [value_text(r, 'resumed', '.3g') for r in rows]
     lines[WORK_COLUMN] = [r[WORK_COLUMN] or 'n/a' for r in rows]
     parts = {m: ps for m, ps in model_parts(evidence.preset).items() if any(r['part'] in ps and r['status'] == 'run' for r in rows)}
     notes = [_share_note(m, rows) for m in parts] + ['A part goes on from phase 1 in phase 2; its line of phase 2 counts what came on top.']*bool(parts)

@@ -598,11 +598,12 @@ def load_checkpoint(trainer:Trainer):
     t.step, t.behind, t.seconds, t.saved_at = state['step'], state['behind'], state['seconds'], state['seconds']
     t.logged_at, t.watch.state = state['logged_at'], state['watch']
     if is_first(): forget_later(t)
+    note(t, event='resumed', step=t.step, time=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 def forget_later(trainer:Trainer):
-    "Remove what was written after the checkpoint: lines of the log, and files that were cut off."
+    "Remove what was written after the checkpoint: lines of the log, except that it was resumed, and files that were cut off."
     t = trainer
-    log, kept = t.run.path/'log.jsonl', [e for e in t.run.events() if e.get('step', 0) <= t.step]
+    log, kept = t.run.path/'log.jsonl', [e for e in t.run.events() if e.get('step', 0) <= t.step or e.get('event') == 'resumed']
     lines = ''.join(json.dumps(e) + '\n' for e in kept)
     if log.exists() and log.read_text() != lines: write_bytes(log, lines.encode()) # a half-written last line goes, too
     for part in t.run.path.glob('.*.part'): part.unlink()
