@@ -11,9 +11,9 @@ __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'PART_NAMES', 'PAPER_FI
            'seed_days', 'main_days', 'name_seeds', 'seeds_text', 'refuse_mixed', 'footer', 'interval_note',
            'averaging_note', 'one_seed', 'seed_notes', 'fewer_seeds', 'bias_note', 'collapses', 'run_notes', 'caution',
            'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'seed_rows', 'value_text', 'score_view', 'lowest_fid',
-           'baseline_rows', 'winner_of', 'sampled_alike', 'seeds_compared', 'variants_table', 'all_models',
-           'further_models', 'common_day', 'reconstruction_rows', 'phase2_table', 'training_rows', 'clock',
-           'training_table', 'stage_times', 'times_table', 'sizes_table', 'style', 'add_footer', 'save_figure',
+           'baseline_rows', 'winner_of', 'sampled_alike', 'seeds_compared', 'first_seed', 'variants_table',
+           'all_models', 'further_models', 'common_day', 'reconstruction_rows', 'phase2_table', 'training_rows',
+           'clock', 'training_table', 'stage_times', 'times_table', 'sizes_table', 'style', 'add_footer', 'save_figure',
            'diagram', 'box', 'picture', 'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file',
            'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7',
            'steps_runs', 'steps_table', 'figure_steps', 'verdict', 'conclude', 'against_gray', 'hypothesis_sentences',
@@ -22,7 +22,7 @@ __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'PART_NAMES', 'PAPER_FI
 # %% ../nbs/04_plots.ipynb #87efc86f
 import re, textwrap
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -565,12 +565,16 @@ def _part_notes(evidence, models):
         if trained & set(model_parts(evidence.preset).get(m, ())): yield f'{model_name(m)} has parts that were trained beside this (see Training done).'
 
 # %% ../nbs/04_plots.ipynb #f930dde3
+def first_seed(evidence:Evidence, phase:str)->Evidence:
+    "The page as it is with one seed, where the phase has no more: its intervals are then over the images."
+    return evidence if any(p == phase for p, *_ in evidence.repeats) else replace(evidence, seeds=1, repeats={})
+
 def variants_table(
     paper_table:str, # 'Table I', 'Table II' or 'Table III'
     evidence:Evidence,
 )->Table:
     "Phase 1 of one model: the paper's variants and any others that were run, and the baselines."
-    p = PAPER_TABLES[paper_table]
+    p, evidence = PAPER_TABLES[paper_table], first_seed(evidence, 'phase1')
     variants = dict.fromkeys([*p['FID'], *(v for ph, m, v in evidence.runs if (ph, m) == ('phase1', p['model']))])
     winner = winner_of(evidence, p['model'])
     rows = [r for v in variants for r in seed_rows(v, evidence, ('phase1', p['model'], v), p['FID'].get(v, np.nan))]

@@ -6,15 +6,16 @@
 __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_baseline', 'features_of', 'sample_rows', 'in_halves',
            'versions', 'evaluate', 'evaluate_real', 'study_photos', 'study_run', 'listed_photographs', 'space_options',
            'data_options', 'said_with', 'refuse_fresh_start', 'baseline_run', 'refuse_other_data', 'evaluated',
-           'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored', 'score',
-           'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part', 'part_weights', 'load_part',
-           'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth', 'ready_parts', 'given_parts',
-           'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead', 'phase1_winner', 'colorize_photo',
-           'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of',
-           'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress',
-           'run_scores', 'run_error', 'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan',
-           'Terminal', 'run_notebook', 'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of',
-           'run_study', 'data_name', 'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
+           'keep_samples', 'make_trainer', 'ready_latents', 'run_days', 'peeker', 'evaluate_day', 'unscored',
+           'at_a_time', 'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part',
+           'part_weights', 'load_part', 'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth',
+           'ready_parts', 'given_parts', 'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead',
+           'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
+           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
+           'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
+           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'patient_kernels', 'executed',
+           'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name', 'results_folder', 'Terminated',
+           'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
@@ -368,6 +369,10 @@ def unscored(run:Run, trainee, day:int, sampling:dict)->list: # of 'model', 'pho
     "Which rows of an evaluation are not in the run's metrics."
     return [v for v in versions(trainee.copies_lightness) if not evaluated(run, day=day, sampling=describe_sampling(sampling), lightness=v)]
 
+def at_a_time(options:dict, device)->int: # options of a run
+    "How many photographs are colorized together when they are scored."
+    return 10 if options.get('latent') == 'none' and device.type == 'cpu' else 50 # see above
+
 def score(
     run:Run,
     trainee, # trained
@@ -382,8 +387,7 @@ def score(
     "Colorize the phase's part, keep samples, and add a row of metrics for each version of the lightness."
     o, name = run.options, describe_sampling(sampling)
     colorize = make_colorizer(o['model'], trainee, sampling, parts)
-    at_a_time = 10 if o.get('latent') == 'none' and device.type == 'cpu' else 50 # see above
-    rows, samples = evaluate(colorize, photos, EVALUATED[o['phase']], judge, trainee.gray_kind, trainee.copies_lightness, o['seed'], device, at_a_time)
+    rows, samples = evaluate(colorize, photos, EVALUATED[o['phase']], judge, trainee.gray_kind, trainee.copies_lightness, o['seed'], device, at_a_time(o, device))
     keep_samples(run, samples, day, name)
     if is_first():
         for lightness in unscored(run, trainee, day, sampling): run.add_metrics(dict(day=day, **work, sampling=name, lightness=lightness, **rows[lightness]))

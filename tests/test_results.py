@@ -376,6 +376,9 @@ def test_the_spread_over_seeds_decides(folders):
     assert any(f"BBDM beats the gray image by {FID}: 7.0 [4.5, 9.5] against 104.0 [102.0, 106.0]" in s for s in sentences)
     table = phase2_table(read_evidence("smoke", "embedded", 0, seeds=3))
     assert table.view.loc[FID, ["Pix2Pix", "BBDM", "gray image"]].tolist() == ["66.3 ± 17.0 (3 seeds)", "7.0 ± 1.0 (3 seeds)", "104.0 [102.0, 106.0]"]
+    seeded("phase1", "pix2pix", "default", [80.0], seeds=[0])
+    table = variants_table("Table I", read_evidence("smoke", "embedded", 0, seeds=3))
+    assert table.view.loc[FID, "default"] == "80.0 [78.0, 82.0]" and "; seed 0; " in table.footer, "a phase with one seed keeps its intervals over images"
 
 
 def test_figure7_shows_the_seeds(folders):
