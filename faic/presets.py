@@ -122,6 +122,7 @@ PRESETS = {
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
         budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'), further=[dict(latent='f4'), dict(latent='f4', first_stage='plain')],
+        sampling={'bbdm': dict(sample_steps=20)},
         changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {})
                 | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(
