@@ -750,7 +750,7 @@ def times_table(evidence:Evidence)->Table:
     frame, p = stage_times(evidence), PAPER_TABLES['Table IV']
     run = frame[frame['status'] == 'run']
     rows = frame.to_dict('records')
-    lines = {f"the paper, h:mm ({p['device']})": [r['paper'] or 'n/a' for r in rows],
+    lines = {f"the paper, h:mm ({p['device']})": ['n/a' if pd.isna(r['paper']) else r['paper'] for r in rows],
              'here, h:mm:ss': [clock(r['projected_seconds']) if r['status'] == 'run' else 'not run' for r in rows]}
     for c, title, spec in TIME_LINES:
         if c in run: lines[title] = [value_text(r, c, spec) for r in rows]

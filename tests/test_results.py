@@ -260,6 +260,8 @@ def test_table4_adds_up_stages(folders):
     assert row[["batch_size", "seconds_per_image", "cpu_seconds_per_image", "gflop_per_image", "peak_share"]].tolist() == [8, 0.5, 4.0, 29.0, 0.5], "float32 at batch 8: (1 + 10 x 0.2 + 1)/8 s"
     assert row["projected_seconds"] == 2500 and table.view.loc["here, h:mm:ss", "BBDM"] == "0:41:40"
     assert any("added up (eta=1, sample_steps=10)" in n for n in table.notes)
+    run("inference", "bbdm", None, [dict(stage="U-Net step", times=10, images=16, batch_size=8, seconds_per_image=0.1, side=8, device="a test's abacus", sampling="eta=1, sample_steps=10")], latent="none")
+    assert times_table(read_evidence("smoke", "embedded", 0)).view["BBDM, pixel space"].iloc[0] == "n/a", "the paper timed no such model"
     assert model_seconds(read_evidence("smoke", "embedded", 0))["BBDM"][0] == 0.5
 
 
