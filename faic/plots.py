@@ -459,7 +459,7 @@ def value_text(
     value, low, high = (row.get(f'{name}{end}', np.nan) for end in ('', ' low', ' high'))
     if pd.isna(value): return 'n/a'
     if f'{name} sd' in row and pd.notna(n := row.get('seeds', np.nan)):
-        return format(value, spec) + (f' \u00b1 {row[f"{name} sd"]:{spec}}' if n > 1 else '') + f" ({n:.0f} seed{'s'*(n > 1)})"
+        return format(value, spec) + (f' \u00b1 {row[f"{name} sd"]:{spec}}' if n > 1 else '') + f" ({n:.0f} seed{'s' if n > 1 else ''})"
     return format(value, spec) + ('' if pd.isna(low) else f' [{low:{spec}}, {high:{spec}}]')
 
 # %% ../nbs/04_plots.ipynb #df0935c1
