@@ -10,16 +10,18 @@ __all__ = ['OTHER', 'SAMPLES', 'TRAINING', 'EVALUATED', 'PHASE_DAYS', 'gray_base
            'at_a_time', 'score', 'run_baselines', 'part_options', 'own_parts', 'named_sampling', 'train_part',
            'part_weights', 'load_part', 'part_bits', 'reconstruction', 'part_reconstructions', 'part_worth',
            'ready_parts', 'given_parts', 'run_pretrained', 'newest_scored', 'rivals', 'choose', 'crown', 'lead',
-           'phase1_winner', 'colorize_photo', 'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop',
-           'matrix_rate', 'stages_of', 'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written',
-           'run_state', 'run_progress', 'run_scores', 'run_error', 'run_status', 'status', 'duration',
-           'describe_status', 'show_status', 'plan', 'Terminal', 'run_notebook', 'patient_kernels', 'executed',
-           'study_folder', 'share_among', 'reason_of', 'run_study', 'data_name', 'results_folder', 'Terminated',
-           'until_stopped', 'one_notebook', 'main']
+           'phase1_winner', 'Phase', 'Workplace', 'open_workplace', 'loop_arguments', 'discriminator_messages',
+           'score_columns', 'loss_table', 'baseline_pictures', 'run_phase1', 'train_variants', 'compare_variants',
+           'winner_message', 'run_phase2', 'train_winner', 'score_pretrained', 'compare_days', 'colorize_photo',
+           'find_photographs', 'find_run', 'find_parts', 'last_day', 'count_flop', 'matrix_rate', 'stages_of',
+           'time_call', 'time_stages', 'newest_run', 'newest_weights', 'being_written', 'run_state', 'run_progress',
+           'run_scores', 'run_error', 'run_status', 'status', 'duration', 'describe_status', 'show_status', 'plan',
+           'Terminal', 'run_notebook', 'patient_kernels', 'executed', 'study_folder', 'share_among', 'reason_of',
+           'run_study', 'data_name', 'results_folder', 'Terminated', 'until_stopped', 'one_notebook', 'main']
 
 # %% ../nbs/32_study.ipynb #f6aa13f9
 import argparse, ctypes, fcntl, io, logging, os, re, resource, signal, subprocess, sys, tempfile, threading, time, zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -33,13 +35,18 @@ from tqdm import tqdm
 
 from .color import lab_to_rgb, luma, to_uint8, transfer_lightness, unscale_lab
 from .coltran import square
-from .core import (Budget, Run, budget_or_empty, comma_list, figures_dir, from_all, generator_for, is_first, locked, locked_together, open_run, progress, read_json, read_runs,
-                       repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
-from .data import Photos, difference, enlarged, list_files, list_hashes, load_photos, ordered_batches, set_name, to_rgb
-from .metrics import image_scores, summarize
-from .plots import SEEDS_INTERVAL, lowest_fid, main_rows, sample_file, sampled_alike, scored_with, seeds_compared, usual_latent
-from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
-                          official_name, official_folders, official_networks, part_budget, parts_of, upsamplers_of, usual_sampling)
+from .core import (Budget, Run, budget_or_empty, comma_list, device_name, figures_dir, from_all, generator_for,
+                       is_first, join_processes, locked, locked_together, open_run, pick_device, progress, read_json,
+                       read_runs, repeat_exactly, repo_root, runs_dir, short_hash, whole, write_bytes, write_json)
+from .data import (Photos, describe, difference, enlarged, list_files, list_hashes, load_photos, ordered_batches,
+                       set_name, to_rgb)
+from .metrics import efficientnet_lite0, image_scores, summarize
+from .plots import (SEEDS_INTERVAL, lowest_fid, main_rows, read_samples, sample_file, sampled_alike, scored_with,
+                        seeds_compared, usual_latent)
+from .presets import (DAYS, MODELS, PAPER_WINNER, PRESETS, UPSAMPLERS, VQGANS, chosen_sampling, day_budget,
+                          describe_sampling, given_first_stage, given_name, make_colorizer, make_trainee, model_options,
+                          notebook_parameters, official_folders, official_name, official_networks, part_budget,
+                          parts_of, upsamplers_of, usual_sampling)
 from .train import Trainer, errors_kept, final, load_weights, out_of_memory, train_day, work_done
 from .vqgan import codes_used
 
@@ -659,6 +666,227 @@ def phase1_winner(
     other = ', '.join(sorted({r.options['budget'] for rs in runs.values() for r in newest_scored(rs)} - {budget}))
     why = f'phase 1 was run with another budget ({other}, not {budget})' if other else f'phase 1 of {model} has not compared variants here'
     return PAPER_WINNER[model], f"the paper's winner, since {why}"
+
+# %% ../nbs/32_study.ipynb #6af31990
+@dataclass(frozen=True)
+class Phase:
+    "What a phase found."
+    runs:list # of Run; in phase 1 the variants of each seed in turn, in phase 2 one a seed
+    scores:pd.DataFrame # the table that the notebook shows
+    losses:list # one DataFrame a run: the logged losses by step
+    pictures:dict # name -> samples (8,H,W,3) uint8, of the first seed
+    messages:list # sentences beside the table
+    winner:dict=None # of phase 1, see `crown`; None where no variants were compared
+    variant:str='' # of phase 2: the one that was trained
+    reason:str='' # of phase 2: why that one
+
+@dataclass(frozen=True)
+class Workplace:
+    "Where a phase works: its device, photographs and feature network."
+    device:torch.device
+    photos:Photos
+    feature_net:object # of faic.metrics
+
+def open_workplace(
+    parameters, # checked, see notebook_parameters
+)->Workplace:
+    "Join the processes that share the phase, read the photographs and load the feature network; says which."
+    device = join_processes(pick_device(parameters.device))
+    repeat_exactly(device)
+    photos = study_photos(parameters.data, parameters.preset)
+    caution = [photos.caution] if photos.caution else []
+    print(f'device: {device} ({device_name(device)})', describe(photos), *caution, sep='\n')
+    return Workplace(device, photos, efficientnet_lite0(device))
+
+def loop_arguments(parameters)->dict: # workers, pieces, watch
+    "What changes how the loop works, not what comes out."
+    return {name: getattr(parameters, name) for name in ('workers', 'pieces', 'watch')}
+
+# %% ../nbs/32_study.ipynb #db85bb57
+def discriminator_messages(runs:list, several_seeds:bool)->list: # of sentences
+    "Since when the discriminator of a run has won; phase 1 names the variant, too."
+    found = []
+    for run in runs:
+        o = run.options
+        variant = f"{o['variant']}: " if o['phase'] == 'phase1' else ''
+        seed = f" with seed {o['seed']}" if several_seeds else ''
+        won = [e['began'] for e in run.events() if e.get('event') == 'discriminator won']
+        found += [f'{variant}the discriminator has won{seed} since step {step}: read the metrics together with the '
+                  'pictures' for step in won]
+    return found
+
+def score_columns(scores:pd.DataFrame, network_name:str)->list: # of names
+    "The columns of metrics that a phase's notebook shows."
+    features = [f'{metric} ({network_name})' for metric in ('FID', 'KID', 'IS')]
+    wanted = [*features, 'PSNR', 'SSIM', 'chroma error', 'colourfulness', 'step']
+    return [c for c in wanted if c in scores]
+
+def loss_table(run:Run)->pd.DataFrame: # step, a column a loss
+    "The losses that a run's log tells of."
+    log = pd.DataFrame([e for e in run.events() if 'fraction' in e])
+    return log.drop(columns=['fraction', 'seconds', 'epoch'], errors='ignore')
+
+def baseline_pictures(phase:str, preset:str, place:Workplace)->dict: # 'gray' and 'ground truth' -> samples
+    "The first two rows of a phase's pictures."
+    runs = {s: baseline_run(phase, s, preset, place.photos, place.device) for s in ('gray', 'real')}
+    return {'gray': read_samples(runs['gray']), 'ground truth': read_samples(runs['real'])}
+
+# %% ../nbs/32_study.ipynb #676b3424
+def run_phase1(
+    model:str='pix2pix', # pix2pix, coltran or bbdm
+    preset:str='smoke', # smoke, laptop, gpu or paper
+    data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
+    seed:int=0, # of initial weights, data order and sampling
+    seeds:int=1, # how many: seed, seed + 1, ...
+    variants:str='all', # comma list, 'all' (the paper's four) or 'none' (baselines and components only)
+    budget:str='', # of each variant; '': the preset's
+    device:str='auto', # auto, cpu, cuda, cuda:1
+    processes:int=1, # that share each run
+    workers:int=1, # threads that read ahead
+    pieces:int=1, # in which each batch goes through
+    watch:bool=False, # write for TensorBoard, too
+    batch_norm:str='image', # of pix2pix: image or running
+    temperature:float=1., # of coltran
+    norm:str='row', # of coltran while sampling: row or image
+    upsamplers:str='own', # of coltran: own or official:/path
+    latent:str='', # of bbdm: f4, f8, f16, none; '': the preset's
+    first_stage:str='', # of bbdm: '', 'plain' or a file
+    sample_steps:int=0, # of bbdm; 0: the preset's
+    eta:float=1., # of bbdm
+)->Phase:
+    "Train and score the variants of a model and choose the winner; ParameterError where an argument is wrong."
+    given = locals()
+    p = notebook_parameters(given, *given)
+    share_among(p.processes, 'phase1', given) # several processes train it all; what follows finds it done
+    place = open_workplace(p)
+    run_baselines('phase1', preset, place.photos, place.feature_net, place.device)
+    runs = train_variants(p, place)
+    with locked(runs_dir()/'winner.lock'): # variants in notebooks of their own may end at the same time
+        winner = crown(runs) if runs else None
+    pictures = baseline_pictures('phase1', preset, place)
+    pictures |= {_variant_name(r, p.seeds): read_samples(r) for r in runs[:len(p.variants)]}
+    scores = compare_variants(runs, p.seeds, place.feature_net.label)
+    messages = [winner_message(runs, winner), *discriminator_messages(runs, p.seeds > 1)]
+    return Phase(runs, scores, [loss_table(r) for r in runs], pictures, messages, winner)
+
+def train_variants(p, place:Workplace)->list: # of Run, the variants of each seed in turn
+    "Train the components and then the variants of each seed, and score them."
+    loop_options, runs = loop_arguments(p), []
+    budget = day_budget(p.preset, p.budget, p.model, 'phase1')
+    seeds = range(p.seed, p.seed + p.seeds)
+    for seed in progress(seeds, desc=f'seeds of {p.model}', unit='part', disable=p.seeds == 1):
+        components, sampling = ready_parts(p.model, 'phase1', p.preset, seed, place.photos, chosen_sampling(p.model, p),
+                                           place.feature_net, place.device, p.latent, p.first_stage, len(p.variants),
+                                           **loop_options)
+        before = len(components)
+        for variant in progress(p.variants, desc=f'phase 1 {p.model}', unit='part', initial=before,
+                                total=before + len(p.variants)):
+            run = study_run('phase1', p.model, variant, p.preset, seed, place.photos, budget, place.device, p.latent,
+                            p.first_stage)
+            runs.append(run_days(run, place.photos, place.feature_net, sampling, place.device, components,
+                                 **loop_options))
+    return runs
+
+def _variant_name(run, seeds): return run.options['variant'] + (f", seed {run.options['seed']}" if seeds > 1 else '')
+
+def compare_variants(
+    runs:list, # of Run
+    seeds:int, # how many
+    network_name:str,
+)->pd.DataFrame: # by variant, the lowest FID first; empty without runs
+    "The scores of each seed's variants, and of those that were trained before under the same conditions."
+    if not runs: return pd.DataFrame()
+    compared = [rival for run in {r.options['seed']: r for r in runs}.values() for rival in rivals(run)]
+    rows = [main_rows(r).tail(1).assign(variant=_variant_name(r, seeds)) for r in compared]
+    scores = pd.concat(rows).set_index('variant')
+    columns = [c for c in score_columns(scores, network_name) if not c.startswith('IS ')]
+    return scores[columns].sort_values(columns[0])
+
+def winner_message(runs:list, winner:dict)->str:
+    "Which variant has won phase 1, or why none has."
+    if not runs: return 'no variant was asked for: the baselines are scored, the components are trained'
+    if not winner: return 'one variant alone wins nothing; phase 2 takes the winner of the paper until another has run'
+    return f"winner: {winner['variant']}, {winner['metric']} {winner['value']:.2f} ({lead(winner)})"
+
+# %% ../nbs/32_study.ipynb #e64d9282
+def run_phase2(
+    model:str='pix2pix', # pix2pix, coltran or bbdm
+    preset:str='smoke', # smoke, laptop, gpu or paper
+    data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
+    seed:int=0, # of initial weights, data order and sampling
+    seeds:int=1, # how many: seed, seed + 1, ...
+    only_seed:str='', # train just this one of them
+    budget:str='', # of each of the five days; '': the preset's
+    device:str='auto', # auto, cpu, cuda, cuda:1
+    processes:int=1, # that share each run
+    workers:int=1, # threads that read ahead
+    pieces:int=1, # in which each batch goes through
+    watch:bool=False, # write for TensorBoard, too
+    batch_norm:str='image', # of pix2pix: image or running
+    temperature:float=1., # of coltran
+    norm:str='row', # of coltran while sampling: row or image
+    upsamplers:str='own', # of coltran: own or official:/path
+    latent:str='', # of bbdm: f4, f8, f16, none; '': the preset's
+    first_stage:str='', # of bbdm: '', 'plain' or a file
+    sample_steps:int=0, # of bbdm; 0: the preset's
+    eta:float=1., # of bbdm
+    pretrained:str='', # of coltran: official:/path to a trained model, which is scored, too
+)->Phase:
+    "Train the winner of phase 1 for five days and score each day; ParameterError where an argument is wrong."
+    given = locals()
+    p = notebook_parameters(given, *given)
+    share_among(p.processes, 'phase2', given) # several processes train it all; what follows finds it done
+    place = open_workplace(p)
+    phase1_budget = str(day_budget(preset, budget, model, 'phase1'))
+    variant, reason = phase1_winner(model, preset, p.seed, place.photos, phase1_budget, p.latent, p.first_stage,
+                                    p.seeds)
+    print(f'{model}, variant {variant}: {reason}')
+    run_baselines('phase2', preset, place.photos, place.feature_net, place.device)
+    runs, sampling_names = train_winner(p, variant, place)
+    pictures = baseline_pictures('phase2', preset, place)
+    pictures |= {f'day {d}': np.load(sample_file(runs[0], d, sampling_names[0])) for d in range(1, DAYS + 1)}
+    trained = score_pretrained(p, place) if p.pretrained else None
+    if trained: pictures['pre-trained'] = read_samples(trained)
+    scores = compare_days(runs, sampling_names, trained, p.seeds > 1, place.feature_net.label)
+    messages = discriminator_messages(runs, p.seeds > 1)
+    return Phase(runs, scores, [loss_table(r) for r in runs], pictures, messages, variant=variant, reason=reason)
+
+def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed, the name of its sampling)
+    "Train the components and then the five days of each seed, and score them."
+    loop_options, runs, names = loop_arguments(p), [], []
+    budget = day_budget(p.preset, p.budget, p.model, 'phase2')*DAYS
+    seeds = range(p.seed, p.seed + p.seeds) if p.only_seed == '' else [p.only_seed]
+    for seed in progress(seeds, desc=f'seeds of {p.model}', unit='part', disable=p.seeds == 1):
+        components, sampling = ready_parts(p.model, 'phase2', p.preset, seed, place.photos, chosen_sampling(p.model, p),
+                                           place.feature_net, place.device, p.latent, p.first_stage, DAYS,
+                                           **loop_options)
+        run = study_run('phase2', p.model, variant, p.preset, seed, place.photos, budget, place.device, p.latent,
+                        p.first_stage)
+        runs.append(run_days(run, place.photos, place.feature_net, sampling, place.device, components, **loop_options))
+        names.append(describe_sampling(sampling))
+    return runs, names
+
+def score_pretrained(p, place:Workplace)->Run:
+    "Score the checkpoints that came trained, once."
+    return run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
+                          chosen_sampling(p.model, p), place.device)
+
+def compare_days(
+    runs:list, # of Run
+    sampling_names:list, # one a run
+    trained:Run, # that came trained, or None
+    several_seeds:bool,
+    network_name:str,
+)->pd.DataFrame: # by (seed,) day and lightness
+    "The scores of each day by the sampling that was asked for, and of a model that came trained."
+    index = (['seed'] if several_seeds else []) + ['day', 'lightness']
+    tables = [(r.metrics(), r.options['seed'], name) for r, name in zip(runs, sampling_names)]
+    rows = [m[m['sampling'] == name].assign(seed=seed) for m, seed, name in tables]
+    scores = pd.concat(rows).set_index(index).sort_index()
+    if trained:
+        rows = trained.metrics().assign(day='pre-trained', seed=trained.options['seed'])
+        scores = pd.concat([scores, rows.set_index(index)])
+    return scores[score_columns(scores, network_name)]
 
 # %% ../nbs/32_study.ipynb #56315ce2
 def colorize_photo(
