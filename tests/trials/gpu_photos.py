@@ -4,13 +4,11 @@ A chunk holds, for every 18 training photographs, one of the validation and one 
 and with them their order, so that `load_photos` makes the same parts again: nothing that is scored there was trained on here or there.
 JPEGs of the right side travel as they are, without their headers, of which the chunk keeps one; other photographs become WebP.
 """
+
 import io
 import json
-import os
 import shutil
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,9 @@ from faic.data import list_hashes, load_photos, read_photo, shuffled
 from faic.metrics import chroma_error, psnr
 from faic.study import sample_rows
 
-TRAIN_TO_ONE = 18  # training photographs for one of validation and one of test: load_photos' split of 90, 5 and 5 percent
+TRAIN_TO_ONE = (
+    18  # training photographs for one of validation and one of test: load_photos' split of 90, 5 and 5 percent
+)
 PARTS = ("train", "validation", "test")
 CHUNK = 40 * 2**20  # bytes at most
 QUALITY = 92  # of WebP
@@ -64,8 +64,12 @@ def chosen(photos, counts):
         rows = manifest.loc[photos.parts[part]]
         files = rows.loc[rows["gray"].astype(str) != "True", "file"].tolist()
         if len(files) < counts[part]:
-            raise ValueError(f"{photos.name} has {len(files)} {part} photographs that are not gray; {counts[part]} are wanted")
-        found[part] = files[: counts[part]] if part == "train" else [files[i] for i in sample_rows(len(files), counts[part])]
+            raise ValueError(
+                f"{photos.name} has {len(files)} {part} photographs that are not gray; {counts[part]} are wanted"
+            )
+        found[part] = (
+            files[: counts[part]] if part == "train" else [files[i] for i in sample_rows(len(files), counts[part])]
+        )
     return found
 
 
@@ -86,9 +90,16 @@ def write_chunk(path, root, files, side, quality, about):
     header = np.array([headers.index(h) for h, _ in parts], np.uint8)
     names = np.frombuffer(zlib.compress("\n".join(files).encode(errors="surrogateescape"), 9), np.uint8)
     content = io.BytesIO()
-    np.savez(content, about=json.dumps(about | dict(side=side)), names=names, lengths=lengths, header=header,
-             headers=np.frombuffer(b"".join(headers), np.uint8), header_lengths=np.array([len(h) for h in headers], np.uint32),
-             data=np.frombuffer(b"".join(d for _, d in parts), np.uint8))
+    np.savez(
+        content,
+        about=json.dumps(about | dict(side=side)),
+        names=names,
+        lengths=lengths,
+        header=header,
+        headers=np.frombuffer(b"".join(headers), np.uint8),
+        header_lengths=np.array([len(h) for h in headers], np.uint32),
+        data=np.frombuffer(b"".join(d for _, d in parts), np.uint8),
+    )
     write_bytes(path, content.getvalue())
     return path.stat().st_size
 
@@ -103,7 +114,12 @@ def recompression(root, files, side, quality):
     if not pairs:
         return dict(compared=len(files), recompressed=0)
     ours, theirs = (torch.tensor(np.stack(x)).permute(0, 3, 1, 2) / 255 for x in zip(*pairs))
-    return dict(compared=len(files), recompressed=len(pairs), PSNR=float(psnr(ours, theirs).mean()), chroma_error=float(chroma_error(ours, theirs).mean()))
+    return dict(
+        compared=len(files),
+        recompressed=len(pairs),
+        PSNR=float(psnr(ours, theirs).mean()),
+        chroma_error=float(chroma_error(ours, theirs).mean()),
+    )
 
 
 def pack(data, out, side, counts, sizes, quality=QUALITY):
@@ -113,9 +129,13 @@ def pack(data, out, side, counts, sizes, quality=QUALITY):
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("photos-*.npz"):
         old.unlink()
-    about = dict(name=photos.name, whole=dict(fingerprint=photos.fingerprint, photographs=len(photos.array)), gray_left_out=True)
+    about = dict(
+        name=photos.name, whole=dict(fingerprint=photos.fingerprint, photographs=len(photos.array)), gray_left_out=True
+    )
     total, first, chunks = counts["validation"], 0, []
-    each = (TRAIN_TO_ONE + 2) * np.mean([len(packed(root / f, side, quality)[1]) + 16 for f in files["train"][:COMPARED]])  # bytes of a unit
+    each = (TRAIN_TO_ONE + 2) * np.mean(
+        [len(packed(root / f, side, quality)[1]) + 16 for f in files["train"][:COMPARED]]
+    )  # bytes of a unit
     while first < total:
         number, most = len(chunks) + 1, min(CHUNK, sizes[min(len(chunks), len(sizes) - 1)])
         count = min(total - first, int(most // each))
@@ -129,10 +149,19 @@ def pack(data, out, side, counts, sizes, quality=QUALITY):
             count -= max(1, int((size - most) // each))
         parts = dict(train=count * TRAIN_TO_ONE, validation=count, test=count)
         chunks.append(dict(file=f"photos-{number}.npz", bytes=size, sha256=short_hash(sorted(some), 12), **parts))
-        print(f"pack: {chunks[-1]['file']}, {size / 2**20:.1f} MiB, " + ", ".join(f"{n} {p}" for p, n in parts.items()), flush=True)
+        print(
+            f"pack: {chunks[-1]['file']}, {size / 2**20:.1f} MiB, " + ", ".join(f"{n} {p}" for p, n in parts.items()),
+            flush=True,
+        )
         first += count
     gray = int(photos.manifest["gray"].astype(str).eq("True").sum())
-    found = about | dict(side=side, gray=gray, chunks=chunks, quality=quality, error=recompression(root, files["train"][:COMPARED], side, quality))
+    found = about | dict(
+        side=side,
+        gray=gray,
+        chunks=chunks,
+        quality=quality,
+        error=recompression(root, files["train"][:COMPARED], side, quality),
+    )
     write_json(out / "photos.json", found)
     return found
 
@@ -142,7 +171,9 @@ def read_chunk(path):
     with np.load(path, allow_pickle=False) as z:
         z = {k: z[k] for k in z.files}
     names = zlib.decompress(z["names"].tobytes()).decode(errors="surrogateescape").split("\n")
-    cut = lambda data, lengths: [data[end - n : end] for n, end in zip(lengths.tolist(), np.cumsum(lengths, dtype=np.int64).tolist())]
+    cut = lambda data, lengths: [
+        data[end - n : end] for n, end in zip(lengths.tolist(), np.cumsum(lengths, dtype=np.int64).tolist())
+    ]
     headers = cut(z["headers"].tobytes(), z["header_lengths"])
     bodies = cut(z["data"].tobytes(), z["lengths"])
     return json.loads(str(z["about"])), [(n, headers[h] + d) for n, h, d in zip(names, z["header"], bodies)]
@@ -162,9 +193,9 @@ def read_some(folder, some, side):
     return found
 
 
-def unpack(chunks, folder):
-    """Add chunks to the photographs below `folder`, and prepare all that are there: the folder to give as data. Fast: one process a core."""
-    folder, cores = Path(folder), len(os.sched_getaffinity(0))
+def unpack(chunks, folder, pool):
+    """Add chunks to the photographs below `folder`, and prepare all that are there: the folder to give as data, its photographs, and what it holds."""
+    folder = Path(folder)
     kept = folder / "chunks"
     kept.mkdir(parents=True, exist_ok=True)
     for chunk in map(Path, chunks):
@@ -182,8 +213,11 @@ def unpack(chunks, folder):
     prepared = runs_dir() / f"data-{about['name']}-{side}-{short_hash([about, files])}"
     if not (prepared / "manifest.csv").exists():
         slices = [[(f, contents[f]) for f in files[i : i + 250]] for i in range(0, len(files), 250)]
-        with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
-            rows = [r for some in pool.map(read_some, [folder / "photographs"] * len(slices), slices, [side] * len(slices)) for r in some]
+        rows = [
+            r
+            for some in pool.map(read_some, [folder / "photographs"] * len(slices), slices, [side] * len(slices))
+            for r in some
+        ]
         prepared.mkdir(parents=True, exist_ok=True)
         write_bytes(prepared / "pixels.u8", b"".join(p for p, _ in rows))
         manifest = pd.DataFrame([r | dict(row=i) for i, (_, r) in enumerate(rows)])
@@ -192,4 +226,14 @@ def unpack(chunks, folder):
     expected = {p: len(photos.parts[p]) for p in PARTS}
     if expected["train"] != TRAIN_TO_ONE * expected["validation"] or expected["validation"] != expected["test"]:
         raise ValueError(f"the parts are {expected}; a chunk is incomplete")
-    return prepared, photos, dict(chunks=[f.name for f in found], parts=expected, fingerprint=photos.fingerprint, lists=list_hashes(photos), whole=about["whole"])
+    return (
+        prepared,
+        photos,
+        dict(
+            chunks=[f.name for f in found],
+            parts=expected,
+            fingerprint=photos.fingerprint,
+            lists=list_hashes(photos),
+            whole=about["whole"],
+        ),
+    )

@@ -3,6 +3,7 @@
 A lane is a process that does its items one after the other. The parent touches no GPU, so it can end a lane that hangs and start another
 one for the items that are left. What is known of an item is in <out>/<stage>.json after it, whatever happens to the next one.
 """
+
 import gc
 import json
 import os
@@ -18,7 +19,13 @@ from pathlib import Path
 from typing import Callable
 
 GRACE = 10  # seconds that an item may take to notice that its time is over
-BROKEN = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "device-side assert", "unspecified launch failure")  # nothing works in such a process
+BROKEN = (
+    "CUDA error",
+    "cuDNN error",
+    "CUBLAS_STATUS",
+    "device-side assert",
+    "unspecified launch failure",
+)  # nothing works in such a process
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Item:
     work: Callable
     limit: float = 60  # seconds
     least: float = 2  # seconds without which it is not begun
+    reserve: float = 0  # seconds that are left to the items after it
 
 
 @dataclass
@@ -50,6 +58,7 @@ def now():
 
 
 def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=1, default=plain) + "\n")
     os.replace(part, path)
@@ -68,9 +77,18 @@ def sentence(error):
     return f"{text[:240]} ({' < '.join(reversed(ours[-3:]))})"
 
 
+KEPT = {}  # what the running item has found so far
+
+
+def keep(**found):
+    """Remember what an item has found, for the case that it does not end well."""
+    KEPT.update(found)
+
+
 def run_item(item, seconds):
     """A record of an item: state 'done' or 'failed', seconds, what it found or its error."""
     began = now()
+    KEPT.clear()
 
     def over(number, frame):
         raise TooLong(f"longer than {seconds:.0f} s")
@@ -81,7 +99,7 @@ def run_item(item, seconds):
         found = dict(item.work(seconds) or {})
         record = dict(state="done", line=found.pop("line", ""), found=found)
     except (Exception, TooLong, SystemExit) as error:
-        record = dict(state="failed", error=sentence(error), trace=traceback.format_exc()[-2000:])
+        record = dict(state="failed", error=sentence(error), trace=traceback.format_exc()[-2000:], found=dict(KEPT))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -105,7 +123,9 @@ def tidy():
 
 def show(stage, record):
     what = record.get("line") or record.get("error") or ""
-    print(f"{stage} {record['name']}: {record['state']}, {record['seconds']:.1f} s{': ' * bool(what)}{what}", flush=True)
+    print(
+        f"{stage} {record['name']}: {record['state']}, {record['seconds']:.1f} s{': ' * bool(what)}{what}", flush=True
+    )
 
 
 def work_lane(stage, lane, path, deadline):
@@ -113,9 +133,16 @@ def work_lane(stage, lane, path, deadline):
     for item in lane.make():
         if any(r["name"] == item.name for r in lane.records):
             continue
-        left = deadline - now()
+        left = deadline - item.reserve - now()
         if left < item.least:
-            lane.records.append(dict(name=item.name, state="skipped", error=f"{max(0, left):.0f} s left, it takes {item.least:.0f}", seconds=0.0))
+            lane.records.append(
+                dict(
+                    name=item.name,
+                    state="skipped",
+                    error=f"{max(0, left):.0f} s left, it takes {item.least:.0f}",
+                    seconds=0.0,
+                )
+            )
         else:
             seconds = min(item.limit, left)
             lane.records.append(dict(name=item.name, state="running", seconds=0.0, began=now(), until=now() + seconds))
@@ -169,8 +196,8 @@ def close_running(stage, lane, path, error):
     write_json(path, lane.records)
 
 
-def supervise(stage, out, limit, lanes, about=None):
-    """Run a stage's lanes for at most `limit` seconds; its report, which is also in <out>/<stage>.json."""
+def supervise(stage, out, limit, lanes, about=None, changed=None):
+    """Run a stage's lanes for at most `limit` seconds; its report, which is also in <out>/<stage>.json. Calls `changed` when an item has ended."""
     began, out = now(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     deadline, report = began + limit, out / f"{stage}.json"
@@ -179,10 +206,14 @@ def supervise(stage, out, limit, lanes, about=None):
 
     def summary(state):
         items = {lane.name: lane.records for lane in lanes}
-        return dict(stage=stage, state=state, seconds=round(now() - began, 1), limit=limit, **(about or {}), lanes=items)
+        return dict(
+            stage=stage, state=state, seconds=round(now() - began, 1), limit=limit, **(about or {}), lanes=items
+        )
 
     for wave in sorted({lane.wave for lane in lanes}):
-        alive = {lane.name: (lane, start(stage, lane, paths[lane.name], deadline)) for lane in lanes if lane.wave == wave}
+        alive = {
+            lane.name: (lane, start(stage, lane, paths[lane.name], deadline)) for lane in lanes if lane.wave == wave
+        }
         while alive:
             time.sleep(0.1)
             for name, (lane, pid) in list(alive.items()):
@@ -210,11 +241,16 @@ def supervise(stage, out, limit, lanes, about=None):
             if written != (known := [lane.records for lane in lanes]):
                 written = known
                 write_json(report, summary("running"))
+                if changed:
+                    changed()
     found = summary("done")
     write_json(report, found)
     shutil.rmtree(scratch)
     states = [r["state"] for lane in lanes for r in lane.records]
-    print(f"{stage}: {states.count('done')} of {len(states)} items done, {found['seconds']:.1f} s of {limit:.0f} s, {report}", flush=True)
+    print(
+        f"{stage}: {states.count('done')} of {len(states)} items done, {found['seconds']:.1f} s of {limit:.0f} s, {report}",
+        flush=True,
+    )
     return found
 
 

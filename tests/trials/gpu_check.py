@@ -1,0 +1,371 @@
+"""Stage `check`: what the GPU computes is what the CPU and the official code compute, and what half precision changes."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_models import (
+    MODELS,
+    PRECISIONS,
+    generators,
+    gray_images,
+    machine,
+    peak_gb,
+    precision,
+    shrink,
+    steps,
+    synchronize,
+    trainer_of,
+    untrained,
+)
+from gpu_stage import Item, Lane, sentence
+from safetensors.torch import load_file
+from throughput import photographs
+
+import faic.train
+from faic.color import to_uint8
+from faic.coltran import Colorizer, init_weights, make_sampler, sample_plain
+from faic.core import Budget, Run, generator_for, pick_device, repeat_exactly
+from faic.presets import make_colorizer, make_trainee, model_options, usual_sampling
+from faic.study import matrix_rate
+from faic.train import Trainer, train_day
+
+TESTS = Path(__file__).resolve().parents[1]
+STEPS = 50  # whose losses are compared in each precision
+SLACK = 1e9  # of the goldens' tolerances, so that every comparison is made; what is above 1 is counted
+
+
+class Outcomes:
+    """A plugin that keeps what pytest found: test -> passed, failed or skipped, and why."""
+
+    def __init__(self):
+        self.found = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            reason = str(report.longrepr).strip().splitlines()[-1][-200:] if report.failed else ""
+            self.found[report.nodeid.split("::")[-1]] = (report.outcome, reason)
+
+
+def goldens(device, which, seconds):
+    """The official code's numbers on this device: the worst share of its tolerance for each group of arrays, a test."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, outcomes = Path(folder) / "report.jsonl", Outcomes()
+        os.environ |= dict(
+            FAIC_GOLDEN=str(TESTS / "golden"),
+            FAIC_GOLDEN_DEVICE=str(device),
+            FAIC_GOLDEN_REPORT=str(file),
+            FAIC_GOLDEN_SLACK=str(SLACK),
+            PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+        )
+        if "test_golden" in sys.modules:  # imported for other goldens; its report went to their file
+            sys.modules["test_golden"].REPORT = str(file)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            code = pytest.main(
+                [str(TESTS / "test_golden.py"), "-q", "-k", which, "-p", "no:cacheprovider", "--rootdir", str(TESTS)],
+                plugins=[outcomes],
+            )
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not outcomes.found:
+        raise RuntimeError(f"pytest ended with {code} and ran nothing: {output.getvalue()[-300:]}")
+    groups = {}
+    for line in lines:
+        group = groups.setdefault(line["test"], dict(comparisons=0, worst=0.0, tolerance=0.0, share=0.0))
+        share = line["worst"] / line["tolerance"] if line["tolerance"] else float(line["worst"] > 0) * SLACK
+        group["comparisons"] += 1
+        if share >= group["share"]:
+            group |= dict(worst=line["worst"], tolerance=line["tolerance"], share=share)
+    broken = {name: why for name, (outcome, why) in outcomes.found.items() if outcome == "failed"}
+    above = {name: g for name, g in groups.items() if g["share"] > 1}
+    passed = sum(outcome == "passed" for outcome, _ in outcomes.found.values())
+    worst = max((g["share"] for g in groups.values()), default=0.0)
+    names = "".join(f"; {n}: {g['worst']:.1e} where {g['tolerance']:.0e} holds on a CPU" for n, g in above.items())
+    line = f"{passed} tests ran, {len(broken)} failed, {sum(g['comparisons'] for g in groups.values())} comparisons, the worst {worst:.2g} of its tolerance{names}"
+    return dict(line=line, groups=groups, failed=broken, above_tolerance=above)
+
+
+def forked(work, errors):
+    """Do some work in a process of its own, which has no GPU yet; its number. What went wrong is in the file `errors`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        work()
+        code = 0
+    except BaseException as error:
+        errors.write_text(sentence(error))
+    finally:
+        os._exit(code)
+
+
+def resumed(device, model, rehearse, seconds):
+    """The same training three times: left alone twice, and killed with SIGKILL in the middle and started again."""
+    count, every = (8, 2) if rehearse else (60, 5)
+
+    def work(folder):
+        faic.train.LOOK = every
+        repeat_exactly(device)
+        options = model_options(model, "gpu")
+        options |= dict(crop=options["side"], seed=0)
+        array = photographs(64, options["load_side"])
+        trainer = Trainer(
+            make_trainee(model, options),
+            Run(folder, dict(model=model)),
+            array,
+            np.arange(len(array)),
+            Budget(count, "steps"),
+            options,
+            1,
+            device,
+            save_minutes=0,
+        )
+        train_day(trainer, 1)
+
+    with tempfile.TemporaryDirectory() as root:
+        folders = {name: Path(root) / name for name in ("alone", "again", "killed")}
+        for folder in folders.values():
+            folder.mkdir()
+        running = {
+            name: forked(lambda folder=folder: work(folder), folder / "error") for name, folder in folders.items()
+        }
+        log, began = folders["killed"] / "log.jsonl", time.monotonic()
+        wanted = random.Random(0).randint(count // 3, 2 * count // 3)
+        while last_step(log) < wanted and time.monotonic() - began < seconds / 2:
+            if os.waitpid(running["killed"], os.WNOHANG)[0]:
+                why = (
+                    (folders["killed"] / "error").read_text()
+                    if (folders["killed"] / "error").exists()
+                    else "it was too quick"
+                )
+                raise RuntimeError(
+                    f"the run to be killed ended by itself after step {last_step(log)} of {count}: {why}"
+                )
+            time.sleep(0.005)
+        os.kill(running["killed"], signal.SIGKILL)
+        os.waitpid(running["killed"], 0)
+        hit = last_step(log)
+        running["killed"] = forked(lambda: work(folders["killed"]), folders["killed"] / "error")
+        codes = {name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in running.items()}
+        if any(codes.values()):
+            raise RuntimeError(
+                "a run failed: "
+                + "; ".join(f"{n}: {(f / 'error').read_text()}" for n, f in folders.items() if (f / "error").exists())
+            )
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        came_back = next((e["step"] for e in events if e.get("event") == "resumed"), None)
+        if came_back is None:
+            raise RuntimeError(f"killed at step {hit}, it began anew: there was no checkpoint")
+        weights = {name: load_file(folder / "day-1.safetensors") for name, folder in folders.items()}
+    differences = {name: far(weights["alone"], weights[name]) for name in ("again", "killed")}
+    line = f"killed after step {hit}, resumed at {came_back} of {count}: " + (
+        "the same weights, bit by bit"
+        if not differences["killed"]
+        else f"weights differ by up to {differences['killed']:.1e}"
+    )
+    line += "" if not differences["again"] else f"; two runs that were left alone differ by {differences['again']:.1e}"
+    return dict(
+        line=line, equal=not differences["killed"], differences=differences, killed_after=hit, resumed_at=came_back
+    )
+
+
+def last_step(log):
+    """The last step in a log that is being written."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
+        return max([json.loads(line).get("step", 0) for line in log.read_text().split("\n")[:-1]], default=0)
+    return 0
+
+
+def far(a, b):
+    """The largest difference of two sets of weights; 0 where all bits are the same."""
+    return max(0.0 if torch.equal(v, b[n]) else (v.double() - b[n].double()).abs().max().item() for n, v in a.items())
+
+
+def sampler(device, size, dim, images, cases, dtype, seconds):
+    """The cached sampler, on a GPU a captured graph, against the one that computes everything anew, symbol by symbol."""
+    net = init_weights(Colorizer(size, size, dim, 4, dim, outer_layers=2, inner_layers=2)).to(device, dtype)
+    gray = torch.randint(256, (images, size, size), generator=generator_for(1)).to(device)
+    found, times = {}, dict(naive=0.0, cached=0.0)
+    for temperature, norm in cases:
+        make = lambda first: [generator_for(0, i) for i in range(first, first + images)]
+        fast = make_sampler(net, images, temperature, norm)
+        for first in (0, images):  # the graph is replayed for a second batch
+            began = time.monotonic()
+            naive = sample_plain(net, gray, make(first), temperature, norm)
+            synchronize(device)
+            times["naive"] += time.monotonic() - began
+            began = time.monotonic()
+            cached = fast(gray, make(first))
+            synchronize(device)
+            times["cached"] += time.monotonic() - began
+            found[f"temperature {temperature}, norm {norm}, from image {first}"] = first_differences(naive, cached)
+    symbols = len(found) * images * size**2
+    apart = [d for case in found.values() for d in case]
+    line = f"{size}x{size}, {dim} channels, {str(dtype).removeprefix('torch.')}: {symbols:,} symbols, naive {times['naive']:.1f} s, cached {times['cached']:.1f} s: "
+    line += (
+        "all the same"
+        if not apart
+        else f"{len(apart)} of {len(found) * images} pictures differ from somewhere on, the best two logits there {max(d['gap'] for d in apart):.1e} apart at most"
+    )
+    return dict(line=line, cases=found, seconds=times, equal=not apart)
+
+
+def first_differences(naive, cached):
+    """Where each picture's symbols begin to differ, if they do, and how far apart the two best logits are there (noise included, they may be further)."""
+    found = []
+    for image, (a, b) in enumerate(zip(naive["symbols"].flatten(1).cpu(), cached.flatten(1).cpu())):
+        where = (a != b).nonzero().flatten()
+        if len(where):
+            best, second = naive["logits"].flatten(1, 2)[image, where[0]].topk(2).values.tolist()
+            found.append(dict(image=image, pixel=int(where[0]), gap=best - second))
+    return found
+
+
+def precisions(device, model, rehearse, seconds):
+    """Losses of the same steps, and answers of the same weights, in float32, TF32 and bfloat16."""
+    count, images = (6, 2) if rehearse else (STEPS, 16)
+    losses, peaks = {}, {}
+    for name in PRECISIONS:
+        with precision(name) as cast, trainer_of(model, "gpu", device, precision=cast) as trainer:
+            losses[name], peaks[name] = steps(trainer, count), peak_gb(device)
+            if name == "float32":
+                state = {
+                    n: {k: v.clone() for k, v in net.state_dict().items()} for n, net in trainer.trainee.parts().items()
+                }
+    trainee, parts = untrained(model, "gpu", device)
+    for n, net in trainee.parts().items():
+        net.load_state_dict(state[n])
+    gray, answers = gray_images(model, "gpu", images, device), {}
+    sampling = usual_sampling(model, "gpu") | (dict(temperature=0.0) if model == "coltran" else {})
+    for name in PRECISIONS:
+        with precision(name) as cast:
+            answers[name] = to_uint8(
+                make_colorizer(model, trainee, sampling | dict(precision=cast), parts)(gray, generators(images))
+            )
+    others = [n for n in PRECISIONS if n != "float32"]
+    terms = losses["float32"][0]
+    apart = {
+        o: {
+            t: max(abs(a[t] - b[t]) / max(abs(a[t]), 1e-6) for a, b in zip(losses["float32"], losses[o])) for t in terms
+        }
+        for o in others
+    }
+    ends = {n: {t: sum(step[t] for step in losses[n][-10:]) / len(losses[n][-10:]) for t in terms} for n in losses}
+    pictures = {o: compare(answers["float32"], answers[o]) for o in others}
+    said = [
+        f"{o}: losses of {count} steps within {100 * max(apart[o].values()):.2g} %, pictures {pictures[o]['mean']:.2f} levels apart (at most {pictures[o]['most']})"
+        for o in others
+    ]
+    if model == "coltran":
+        symbols = {o: greedy(device, trainee, gray, o) for o in others}
+        said += [f"{o}: {100 * share:.2f} % of greedy symbols the same" for o, share in symbols.items()]
+        pictures |= dict(greedy=symbols)
+    return dict(
+        line="; ".join(said),
+        losses=losses,
+        largest_relative_difference=apart,
+        mean_of_last_10=ends,
+        pictures=pictures,
+        peak_gb=peaks,
+    )
+
+
+def compare(a, b):
+    levels = (a.float() - b.float()).abs()
+    return dict(mean=levels.mean().item(), most=int(levels.max()))
+
+
+def greedy(device, trainee, gray, name):
+    """The share of ColTran's most likely symbols, pixel after pixel, that another precision leaves as they are in float32."""
+    levels, found = (gray * 255).round().long()[:, 0], {}
+    if levels.shape[-1] != trainee.low:
+        levels = levels[:, :: levels.shape[-1] // trainee.low, :: levels.shape[-1] // trainee.low]
+    for n in ("float32", name):
+        with precision(n) as cast:
+            found[n] = make_sampler(trainee.net, len(levels), 0.0, "row", cast)(levels)
+    return (found["float32"] == found[name]).double().mean().item()
+
+
+def memory(device, preset, seconds):
+    """Peak memory of a training step of each model."""
+    found = {}
+    for model in MODELS:
+        for cast in ("float32", "bfloat16"):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            with trainer_of(model, preset, device, precision=cast) as trainer:
+                steps(trainer, 2)
+                found[f"{model}, {cast}"] = dict(peak_gb=peak_gb(device), batch_size=trainer.options["batch_size"])
+                del trainer
+    return dict(
+        line="; ".join(f"{n} {f['peak_gb']} GB (batch {f['batch_size']})" for n, f in found.items()), found=found
+    )
+
+
+def about_machine(device, rehearse, seconds):
+    found = machine(device)
+    if not rehearse:
+        for name in PRECISIONS:
+            with precision(name):
+                found[f"{name} TFLOP/s"] = round(
+                    matrix_rate(device, torch.bfloat16 if name == "bfloat16" else torch.float32) / 1e12, 1
+                )
+    return dict(line=", ".join(f"{k} {v}" for k, v in found.items()), **found)
+
+
+def lanes(device_text, rehearse):
+    """The lanes of the stage. A process that only forks others opens no GPU."""
+    device = pick_device("cpu") if rehearse else torch.device(device_text)
+    if rehearse:
+        shrink()
+    every = [(t, n) for t in (0.0, 1.0) for n in ("row", "image")]
+    which = ["pix2pix and (discriminator or dropout)"] if rehearse else ["pix2pix", "coltran", "vqgan", "bbdm"]
+    models = MODELS[:1] if rehearse else MODELS
+
+    def of(name, work, *args, limit=60, **more):
+        return Item(name, lambda seconds: work(device, *args, seconds=seconds, **more), limit)
+
+    def main():
+        sizes = (
+            [(8, 8, 2, every[1:3], torch.float64)]
+            if rehearse
+            else [
+                (16, 64, 4, every, torch.float64),
+                (64, 512, 4, every[:1] + every[2:3], torch.float64),
+                (64, 512, 4, every[:1], torch.float32),
+            ]
+        )
+        items = [of("machine", about_machine, rehearse)]
+        items += [
+            of(
+                f"sampler {size}x{size} {str(dtype).removeprefix('torch.')}",
+                sampler,
+                size,
+                dim,
+                images,
+                cases,
+                dtype,
+                limit=45,
+            )
+            for size, dim, images, cases, dtype in sizes
+        ]
+        items += [of(f"precision {model}", precisions, model, rehearse, limit=45) for model in MODELS]
+        return items + [of("memory", memory, "paper", limit=40)]
+
+    return [
+        Lane("main", main),
+        Lane("goldens", lambda: [of(f"goldens {w}", goldens, w, limit=90) for w in which]),
+        Lane("resume", lambda: [of(f"resume {m}", resumed, m, rehearse, limit=90) for m in models]),
+    ]

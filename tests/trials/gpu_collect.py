@@ -1,0 +1,171 @@
+"""Stage `collect`: what came back from the GPU becomes runs, and tables of what was checked and timed."""
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from gpu_stage import write_json
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+from faic.core import repo_root, runs_dir, short_hash, write_bytes
+from faic.study import results_folder
+
+STAGES = ("check", "speed", "train")
+
+
+def commit():
+    """The commit of this checkout, with a mark for local changes."""
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(repo_root()), *args], capture_output=True, text=True
+    ).stdout.strip()
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + (
+        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+def safe_members(tar):
+    """Plain files of runs: <run>/<file> or <run>/samples/<file>."""
+    for member in tar:
+        parts = Path(member.name).parts
+        if not member.isfile() or not 2 <= len(parts) <= 3 or ".." in parts or Path(member.name).is_absolute():
+            raise ValueError(f"{member.name} is no file of a run")
+        yield member
+
+
+def take_runs(file, target):
+    """Unpack runs beside those that are there; one that is there with other options is an error, one that is longer stays."""
+    taken, kept = [], []
+    with tarfile.open(file) as tar:
+        contents = {m.name: tar.extractfile(m).read() for m in safe_members(tar)}
+    for run in sorted({Path(n).parts[0] for n in contents}):
+        mine = {n: c for n, c in contents.items() if Path(n).parts[0] == run}
+        options = json.loads(mine[f"{run}/options.json"])
+        plain = {k: v for k, v in options.items() if k != "made"}
+        if not run.endswith(short_hash(plain)):
+            raise ValueError(f"{run} holds other options than its name says")
+        there, rows = target / run / "metrics.csv", rows_of(mine.get(f"{run}/metrics.csv", b""))
+        if there.exists() and rows_of(there.read_bytes()) > rows:
+            kept.append(run)
+            continue
+        if options["made"]["commit"].startswith("unknown"):  # no git on that machine
+            options["made"]["commit"] = commit()
+        for name, content in mine.items():
+            write_bytes(target / name, content)
+        write_json(target / run / "options.json", options)
+        taken.append(run)
+    return taken, kept
+
+
+def rows_of(content):
+    return max(0, content.count(b"\n") - 1)
+
+
+def take_weights(folder, target):
+    """Weights in half precision become files as the study writes them, in single precision again."""
+    pieces = sorted(folder.glob("weights.tar.*"), key=lambda f: int(f.suffix[1:]))
+    if not pieces:
+        return []
+    found = []
+    with tarfile.open(fileobj=io.BytesIO(b"".join(f.read_bytes() for f in pieces))) as tar:
+        for member in safe_members(tar):
+            content = tar.extractfile(member).read()
+            part = target / member.name
+            part.parent.mkdir(parents=True, exist_ok=True)
+            scratch = part.with_name(f".{part.name}.half")
+            scratch.write_bytes(content)
+            with safe_open(scratch, "pt") as f:
+                metadata = f.metadata()
+            scratch.unlink()
+            tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in load(content).items()}
+            write_bytes(part, save(tensors, metadata))
+            found.append(member.name)
+    return found
+
+
+def take_times(report, target):
+    """The runs of inference times that a report of the stage speed holds."""
+    taken = []
+    for record in [r for records in report["lanes"].values() for r in records]:
+        run = (record.get("found") or {}).get("run")
+        if not run:
+            continue
+        options = run["options"]
+        name = f"inference-{options['model']}-{options['preset']}-s{options['seed']}-{short_hash(options)}"
+        made = run["made"] | (dict(commit=commit()) if run["made"]["commit"].startswith("unknown") else {})
+        write_json(target / name / "options.json", options | dict(made=made))
+        write_bytes(target / name / "metrics.csv", pd.DataFrame(run["metrics"]).to_csv(index=False).encode())
+        taken.append(name)
+    return taken
+
+
+def table(report):
+    """A stage's items as Markdown: what each found, or why it did not."""
+    records = [r for records in report["lanes"].values() for r in records]
+    device = next(
+        (r["found"]["device"] for r in records if "device" in (r.get("found") or {})), report.get("device", "")
+    )
+    lines = [
+        f"# {report['stage']}",
+        "",
+        f"{device}; {report['seconds']:.0f} s of {report['limit']:.0f} s.",
+        "",
+        "| item | seconds | found |",
+        "|---|---|---|",
+    ]
+    clean = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    lines += [
+        f"| {r['name']} | {r['seconds']:.1f} | {'' if r['state'] == 'done' else r['state'] + ': '}{clean(r.get('line') or r.get('error') or '')} |"
+        for r in records
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def collect(came, name):
+    """Take in what a GPU machine sent back, in `came` or folders in it; where everything is now."""
+    came, target = Path(came), runs_dir()
+    found = dict(runs=[], weights=[], times=[], tables=[], kept=[])
+    for file in sorted(came.rglob("runs.tar.xz")):
+        taken, kept = take_runs(file, target)
+        found["runs"] += taken
+        found["kept"] += kept
+        found["weights"] += take_weights(file.parent, target)
+    for stage in STAGES:
+        for file in sorted(came.rglob(f"{stage}.json")):
+            report = json.loads(file.read_text())
+            if stage == "speed":
+                found["times"] += take_times(report, target)
+            folder = results_folder("gpu", name)
+            number = (
+                ""
+                if not (folder / f"{stage}.json").exists()
+                or (folder / f"{stage}.json").read_bytes() == file.read_bytes()
+                else f"-{short_hash(report)}"
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / f"{stage}{number}.json")
+            write_bytes(folder / f"{stage}{number}.md", table(report).encode())
+            found["tables"].append(f"{folder / stage}{number}.md")
+    if not any(found.values()):
+        raise ValueError(
+            f"{came} holds nothing that the stages write (check.json, speed.json, train.json, runs.tar.xz)"
+        )
+    budgets = sorted(
+        {
+            json.loads((target / r / "options.json").read_text()).get("budget", "")
+            for r in found["runs"]
+            if r.startswith("phase1")
+        }
+        - {""}
+    )
+    print(
+        f"collect: {len(found['runs'])} runs and {len(found['times'])} of times into {target}, {len(found['weights'])} files of weights, tables: {', '.join(found['tables'])}"
+    )
+    for budget in budgets:
+        print(f"collect: python -m faic.study notebook results -p preset gpu -p data {name} -p budget '{budget}'")
+    return found

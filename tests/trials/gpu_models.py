@@ -1,0 +1,126 @@
+"""What the stages share: models of a preset with synthetic photographs, precisions, and presets shrunk for a rehearsal."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+from throughput import make_trainer, photographs
+
+from faic.core import device_name, generator_for
+from faic.data import Batch
+from faic.presets import MODELS, PRESETS, make_trainee, model_options, parts_of
+from faic.study import PHASE_DAYS
+from faic.train import day_batches, train_step
+
+PRECISIONS = {
+    "float32": (False, "float32"),
+    "TF32": (True, "float32"),
+    "bfloat16": (False, "bfloat16"),
+}  # TF32 for products and convolutions; autocast's
+
+
+def shrink():
+    """Make presets gpu and paper so small that a CPU core rehearses every stage in seconds."""
+    tiny = dict(side=32, load_side=32, batch_size=2)
+    coltran = tiny | dict(dim=8, heads=2, ff=8)
+    vqgan = tiny | dict(ch=16, num_res_blocks=1, n_embed=16, disc_width=8, codebook="data", disc_start=0)
+    bbdm = tiny | dict(
+        channels=32, channel_mult=[1, 2], num_res_blocks=1, accumulate=1, ema=dict(decay=0.9, start=0.05, every=1)
+    )
+    changes = dict(
+        pix2pix=tiny | dict(load_side=36, width=4),
+        bbdm=bbdm,
+        coltran=coltran,
+        coltran_color=coltran,
+        coltran_spatial=coltran,
+    )
+    changes |= {f"vqgan_{latent}{kind}": vqgan for latent in ("f4", "f8", "f16") for kind in ("", "_plain")}
+    for preset, low in (("gpu", dict(low=32)), ("paper", {})):
+        mine = {m: c | (low if m in ("coltran", "coltran_color") else {}) for m, c in changes.items()}
+        PRESETS[preset] |= dict(changes=mine, sampling=dict(bbdm=dict(sample_steps=3)))
+    PRESETS["gpu"] |= dict(scored=4)
+    PHASE_DAYS["phase2"] = 2
+
+
+@contextlib.contextmanager
+def precision(name):
+    """What autocast gets, with TF32 as the name says, and as it was afterwards."""
+    tf32, cast = PRECISIONS[name]
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield cast
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gb(device):
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else float("nan")
+
+
+@contextlib.contextmanager
+def trainer_of(model, preset, device, **changes):
+    """A trainer on synthetic photographs, with a folder that goes with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield make_trainer(model, preset, changes, device, Path(folder) / "run")
+
+
+def steps(trainer, count):
+    """Make training steps; the losses of each, on the CPU: a list of dicts."""
+    batches, seen = day_batches(trainer), []
+    for _ in range(count):
+        seen.append({n: v.detach() for n, v in train_step(trainer, next(batches)).items()})
+        trainer.step += 1
+    batches.close()
+    return [{n: float(v) for n, v in losses.items()} for losses in seen]
+
+
+def components(model, preset, device):
+    """The untrained networks that a model needs beside itself."""
+    return {
+        n: make_trainee(n, model_options(n, preset)).parts()["net"].eval().to(device)
+        for n in parts_of(model, preset=preset)
+    }
+
+
+def untrained(model, preset, device):
+    """(trainee, components) of a preset, on the device."""
+    parts = components(model, preset, device)
+    trainee = make_trainee(model, model_options(model, preset), parts=parts if model == "bbdm" else {})
+    for net in trainee.parts().values():
+        net.eval().to(device)
+    return trainee, parts
+
+
+def gray_images(model, preset, count, device):
+    """(count,1,side,side) in [0,1]: synthetic photographs in the model's gray."""
+    options = model_options(model, preset)
+    pixels = torch.from_numpy(photographs(count, options["side"])).permute(0, 3, 1, 2)
+    kind = dict(pix2pix="lab", coltran="coltran", bbdm="bbdm")[model]
+    return Batch(torch.arange(count), pixels, kind)["gray"].to(device)
+
+
+def generators(count):
+    return [generator_for(0, "evaluate", i) for i in range(count)]
+
+
+def machine(device):
+    """What the machine is called, and with what it works."""
+    found = dict(
+        device=device_name(device), torch=torch.__version__, cuda=torch.version.cuda, threads=torch.get_num_threads()
+    )
+    if device.type == "cuda":
+        memory, processors = (
+            torch.cuda.get_device_properties(device).total_memory,
+            torch.cuda.get_device_properties(device).multi_processor_count,
+        )
+        found |= dict(
+            memory_gb=round(memory / 1e9, 1), multiprocessors=processors, cudnn=torch.backends.cudnn.version()
+        )
+    return found

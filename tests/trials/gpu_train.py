@@ -1,0 +1,466 @@
+"""Stage `train`: the whole study with the preset gpu, in days as long as the time allows; what it made comes back in a few files.
+
+The GPU trains and colorizes; the statistics of an evaluation (two jackknifed Frechet distances of 1000 images take a core half a minute)
+are made by other processes meanwhile. Everything is a run as the notebooks make it, so that stopping and going on cost nothing.
+"""
+
+import io
+import json
+import math
+import os
+import tarfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from gpu_models import MODELS, machine, shrink, synchronize, untrained
+from gpu_photos import unpack
+from gpu_stage import Item, Lane, keep, supervise, write_json
+from safetensors import safe_open
+from safetensors.torch import save
+
+import faic.study
+from faic.core import pick_device, read_json, read_runs, repeat_exactly, runs_dir
+from faic.metrics import efficientnet_lite0, summarize
+from faic.plots import main_rows
+from faic.presets import (
+    PAPER_FID,
+    PAPER_WINNER,
+    PRESETS,
+    day_budget,
+    describe_sampling,
+    make_colorizer,
+    make_trainee,
+    parts_of,
+    usual_sampling,
+)
+from faic.study import (
+    EVALUATED,
+    PHASE_DAYS,
+    crown,
+    evaluate,
+    features_of,
+    keep_samples,
+    make_trainer,
+    phase1_winner,
+    ready_parts,
+    run_baselines,
+    sample_rows,
+    study_photos,
+    study_run,
+    unscored,
+)
+from faic.train import load_weights, train_day, work_done
+
+PRESET = "gpu"
+TOGETHER = 250  # photographs that are colorized together when they are scored
+SCORED = 1000  # photographs of a part
+LEAST = 10.0  # seconds of a day
+PART = 0.5  # of a day: what a component gets in each phase
+RUN = 2.0  # seconds for making a trainer and its files, until they are measured
+RESERVE = 30.0  # seconds at the end for the last scores and for packing
+FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all of them that come back
+
+
+def statistics(per_image, fake, real, other, label, seed):
+    """In a process of its own: a row of metrics, or half of one."""
+    torch.set_num_threads(1)
+    tensors = lambda pair: None if pair is None else tuple(torch.from_numpy(x) for x in pair)
+    return summarize(per_image, tensors(fake), tensors(real), tensors(other), label, seed)
+
+
+def baselines(phase, data):
+    """In a process of its own: score the gray image and the real photographs, on the CPU."""
+    torch.set_num_threads(1)
+    cpu = pick_device("cpu")
+    run_baselines(phase, PRESET, study_photos(data, PRESET), efficientnet_lite0(cpu), cpu)
+
+
+class Study:
+    """What the items of the stage share: device, photographs, processes for statistics, and scores that are still being made."""
+
+    def __init__(self, device, chunks, work, rehearse, plan):
+        self.device, self.chunks, self.work, self.rehearse, self.plan = device, chunks, Path(work), rehearse, plan
+        self.pending, self.loaded = [], None
+        cores = len(os.sched_getaffinity(0))
+        self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"))
+        self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
+        faic.study.summarize = self.later
+        faic.study.at_a_time = lambda options, device: TOGETHER if device.type == "cuda" else 10
+
+    def place(self):
+        """(photographs, feature network), made when they are first asked for."""
+        if self.loaded is None:
+            repeat_exactly(self.device)
+            prepared, _, found = unpack(self.chunks, self.work / "photographs", self.pool)
+            photos = study_photos(str(prepared), PRESET)
+            feature_net = efficientnet_lite0(self.device)
+            self.loaded, self.data, self.found = (photos, feature_net), str(prepared), found
+        return self.loaded
+
+    def later(self, per_image, fake, real, other, label, seed=0):
+        """In place of `summarize`: the row is made by other processes, in halves."""
+        arrays = lambda pair: None if pair is None else tuple(x.numpy() for x in pair)
+        fake, real, other = arrays(fake), arrays(real), arrays(other)
+        return dict(
+            halves=[
+                self.pool.submit(statistics, per_image, fake, real, None, label, seed),
+                self.pool.submit(statistics, None, fake, None, other, label, seed),
+            ]
+        )
+
+    def day_seconds(self):
+        return json.loads((self.work / "day.json").read_text())["seconds"]
+
+    def budget(self):
+        return f"{self.day_seconds() / 3600:.4g} hours"
+
+    def score(self, run, day, weights, sampling, parts):
+        """Colorize and look at the answers now; the row is added when its statistics are made."""
+        photos, feature_net = self.place()
+        trainee = load_weights(
+            make_trainee(run.options["model"], run.options["train"], parts=parts), weights, self.device
+        )
+        missing = unscored(run, trainee, day, sampling)
+        if not missing:
+            return 0.0
+        began, o = time.monotonic(), run.options
+        colorize = make_colorizer(o["model"], trainee, sampling, parts)
+        rows, samples = evaluate(
+            colorize,
+            photos,
+            EVALUATED[o["phase"]],
+            feature_net,
+            trainee.gray_kind,
+            trainee.copies_lightness,
+            o["seed"],
+            self.device,
+            faic.study.at_a_time(o, self.device),
+        )
+        keep_samples(run, samples, day, describe_sampling(sampling))
+        for lightness in missing:
+            head = dict(day=day, **work_done(weights), sampling=describe_sampling(sampling), lightness=lightness)
+            self.pending.append((run, head, rows[lightness]))
+        return time.monotonic() - began
+
+    def add_rows(self, wait=False):
+        """Add the rows whose statistics are made, in order; with `wait` all of them."""
+        while self.pending:
+            run, head, row = self.pending[0]
+            if not wait and not all(h.done() for h in row["halves"]):
+                return
+            self.pending.pop(0)
+            try:
+                paired, unpaired = (h.result() for h in row["halves"])
+            except Exception as error:  # a process for statistics is gone; the last item makes the row again if it can
+                print(f"train: no scores of {run.path.name}, day {head['day']}: {error}", flush=True)
+                continue
+            found = paired | {k: v for k, v in unpaired.items() if k.startswith("unpaired") or k == "n other"}
+            run.add_metrics(head | {k: v for k, v in row.items() if k != "halves"} | found)
+
+    def parts(self, model, phase, seed):
+        """(component -> network, sampling with their name)."""
+        photos, feature_net = self.place()
+        return ready_parts(model, phase, PRESET, seed, photos, usual_sampling(model, PRESET), feature_net, self.device)
+
+
+def photographs(study, seconds):
+    """Unpack, prepare and look at the photographs; score the baselines meanwhile."""
+    began = time.monotonic()
+    photos, feature_net = study.place()
+    ready = time.monotonic() - began
+    for part in ("validation", "test"):
+        features_of(photos, part, feature_net, study.device)
+    study.baselines = [study.pool.submit(baselines, phase, study.data) for phase in ("phase1", "phase2")]
+    counts = {p: len(rows) for p, rows in photos.parts.items()}
+    line = f"{counts['train']} to train on, {counts['validation']} and {counts['test']} to score, ready after {ready:.1f} s, fingerprint {photos.fingerprint}"
+    return dict(line=line, machine=machine(study.device), counts=counts, **study.found)
+
+
+def measure_days(study, deadline, seconds):
+    """How long scoring takes, and from that and the time that is left how long a day is and how many variants each model gets."""
+    photos, feature_net = study.place()
+    scoring, few = {}, replace(
+        photos,
+        parts=photos.parts
+        | {p: photos.parts[p][sample_rows(len(photos.parts[p]), TOGETHER)] for p in ("validation", "test")},
+    )
+    for model in study.plan["models"]:
+        trainee, parts = untrained(model, PRESET, study.device)
+        colorize = make_colorizer(model, trainee, usual_sampling(model, PRESET), parts)
+        plain, faic.study.summarize = faic.study.summarize, lambda *args: {}
+        try:
+            for _ in range(2):  # once to warm up
+                began = time.monotonic()
+                evaluate(
+                    colorize,
+                    few,
+                    "validation",
+                    feature_net,
+                    trainee.gray_kind,
+                    trainee.copies_lightness,
+                    0,
+                    study.device,
+                    TOGETHER,
+                )
+                synchronize(study.device)
+                scoring[model] = (
+                    (time.monotonic() - began) * len(photos.parts["validation"]) / len(few.parts["validation"])
+                )
+        finally:
+            faic.study.summarize = plain
+    left = deadline - time.monotonic() - RESERVE
+    found = dict(day_length(study.plan, scoring, left), scoring=scoring)
+    write_json(study.work / "day.json", found)
+    line = f"{found['seconds']:.1f} s a day, {found['variants']} variants a model" + (
+        " (less than wanted: too little time)" if found["short"] else ""
+    )
+    line += "; scoring takes " + ", ".join(f"{m} {s:.1f} s" for m, s in scoring.items())
+    return dict(line=line, left=left, **found)
+
+
+def day_length(plan, scoring, left):
+    """Seconds of a day: the time that is left after scoring, shared by all days; fewer variants where it would be below LEAST."""
+    least, most = plan["day"]
+    for variants in plan["variants"]:
+        days, other = 0.0, 0.0
+        for model, s in scoring.items():
+            number = min(variants, len(PAPER_FID[model]))
+            days += number + PHASE_DAYS["phase2"] + PART * len(parts_of(model, preset=PRESET)) * (1 + bool(number))
+            other += number * (s + RUN) + PHASE_DAYS["phase2"] * s + RUN
+        seconds = 0.97 * (left - other) / days
+        if seconds >= least:
+            break
+    return dict(seconds=float(f"{min(most, max(least, seconds)):.4g}"), variants=variants, short=seconds < least)
+
+
+def variant(study, model, name, seconds):
+    """A variant of phase 1, or nothing where it was left out."""
+    known = json.loads((study.work / "day.json").read_text())
+    if list(PAPER_FID[model]).index(name) >= known["variants"]:
+        return dict(line="left out: too little time")
+    return train(study, model, "phase1", name, 0)
+
+
+def phase2(study, model, seed, seconds):
+    """Five days of the winner."""
+    study.add_rows()
+    photos, _ = study.place()
+    name, why = study.plan["winners"].get(model), "as asked for"
+    if not name and study.plan["phase1"]:
+        while any(r.options["model"] == model and r.options["phase"] == "phase1" for r, _, _ in study.pending):
+            time.sleep(0.2)
+            study.add_rows()
+        name, why = phase1_winner(model, PRESET, 0, photos, str(day_budget(PRESET, study.budget())))
+    name = name or PAPER_WINNER[model]
+    return dict(variant=name, why=why) | train(study, model, "phase2", name, seed)
+
+
+def train(study, model, phase, name, seed):
+    """A run, day by day."""
+    began = time.monotonic()
+    photos, _ = study.place()
+    set_part_budgets(study)
+    parts, sampling = study.parts(model, phase, seed)
+    waited = time.monotonic() - began
+    budget = day_budget(PRESET, study.budget()) * PHASE_DAYS[phase]
+    run = study_run(phase, model, name, PRESET, seed, photos, budget, study.device)
+    trainer, scoring = make_trainer(run, photos, phase, PHASE_DAYS[phase], study.device, parts=parts), 0.0
+    for day in range(1, PHASE_DAYS[phase] + 1):
+        weights = train_day(trainer, day)
+        scoring += study.score(run, day, weights, sampling, parts)
+        study.add_rows()
+        keep(run=run.path.name, day=day, **work_done(weights))
+    done = work_done(weights)
+    seen = done["step"] * run.options["train"]["batch_size"]
+    line = f"{run.path.name}: {done['step']:,} steps, {seen:,} photographs in {done['training_seconds']:.1f} s ({seen / max(done['training_seconds'], 1e-9):.0f}/s), scoring {scoring:.1f} s"
+    return dict(
+        line=line + (f", components {waited:.1f} s" if parts else ""),
+        run=run.path.name,
+        **done,
+        photographs=seen,
+        scoring_seconds=scoring,
+    )
+
+
+def set_part_budgets(study):
+    """Components get a share of a day, however long that is."""
+    share = f"{PART * study.day_seconds() / 3600:.4g} hours"
+    PRESETS[PRESET] = PRESETS[PRESET] | dict(parts={part: (share, share) for part in PRESETS[PRESET]["parts"]})
+
+
+def further_seed(study, seed, deadline, seconds):
+    """Phase 2 again with another seed, as far as the time reaches: a model that would not end is not begun."""
+    lines, known = [], json.loads((study.work / "day.json").read_text())
+    for model in study.plan["models"]:
+        needs = (
+            PHASE_DAYS["phase2"] * (known["seconds"] + known["scoring"][model])
+            + RUN
+            + 2 * PART * known["seconds"] * len(parts_of(model, preset=PRESET))
+        )
+        if deadline - RESERVE - time.monotonic() < needs:
+            lines.append(f"{model} not begun: it takes {needs:.0f} s")
+            continue
+        lines.append(phase2(study, model, seed, seconds)["line"])
+        keep(lines=lines)
+    return dict(line="; ".join(lines))
+
+
+def scores(study, seconds):
+    """Wait for all statistics; score what a broken process left unscored."""
+    for run in [
+        r for r in read_runs(preset=PRESET) if r.options["phase"] in ("phase1", "phase2") and "train" in r.options
+    ]:
+        set_part_budgets(study)
+        for file in sorted(run.path.glob("day-*.safetensors")):
+            day = int(file.stem.split("-")[1])
+            waiting = any(r.path == run.path and head["day"] == day for r, head, _ in study.pending)
+            if waiting or day in set(run.metrics().get("day", [])):
+                continue
+            parts, sampling = study.parts(run.options["model"], run.options["phase"], run.options["seed"])
+            study.score(run, day, file, sampling, parts)
+    study.add_rows(wait=True)
+    for task in getattr(study, "baselines", []):
+        task.result()
+    for model in study.plan["models"]:
+        if runs := [r for r in read_runs(preset=PRESET, phase="phase1", model=model) if len(r.metrics())]:
+            crown(runs)
+    rows = {
+        r.path.name: main_rows(r).iloc[-1]
+        for r in read_runs(preset=PRESET)
+        if r.options["phase"] in ("phase1", "phase2") and len(r.metrics())
+    }
+    fid = {
+        n: next((row[c] for c in row.index if c.startswith("FID (") and c.endswith(")")), float("nan"))
+        for n, row in rows.items()
+    }
+    return dict(line="FID: " + ", ".join(f"{n.rsplit('-gpu', 1)[0]} {v:.1f}" for n, v in fid.items()), fid=fid)
+
+
+def winners():
+    """Model -> variant that phase 1 chose, of the runs there are."""
+    return {
+        r.options["model"]: read_json(r.path / "winner.json")["variant"]
+        for r in read_runs(preset=PRESET, phase="phase1")
+        if (r.path / "winner.json").exists()
+    }
+
+
+def lanes(device_text, rehearse, chunks, work, only, wanted, limit, seeds):
+    """The lane of the stage."""
+    device, deadline = pick_device("cpu") if rehearse else torch.device(device_text), time.monotonic() + limit
+    if rehearse:
+        shrink()
+    else:
+        PRESETS[PRESET] = PRESETS[PRESET] | dict(scored=SCORED)
+    plan = dict(models=MODELS, phase1=only != "phase2", winners=wanted, day=(LEAST, math.inf), variants=(4, 3, 2))
+    if rehearse:
+        plan |= dict(day=(0.1, 0.1), variants=(2,))
+    if not plan["phase1"]:
+        plan |= dict(variants=(0,))
+
+    def make():
+        study = Study(device, chunks, work, rehearse, plan)
+        least, reserve = (0.1, 3) if rehearse else (5, RESERVE)
+
+        def of(name, work, *args, limit=120, reserve=reserve):
+            return Item(name, lambda seconds: work(study, *args, seconds=seconds), limit, least, reserve)
+
+        items = [of("photographs", photographs, limit=60), of("day", measure_days, deadline, limit=60)]
+        if plan["phase1"]:
+            items += [of(f"phase1 {m} {v}", variant, m, v) for m in MODELS for v in PAPER_FID[m]]
+        items += [of(f"phase2 {m}", phase2, m, 0, limit=480) for m in MODELS]
+        items += [of(f"phase2 seed {s}", further_seed, s, deadline, limit=480) for s in range(1, seeds)]
+        return items + [of("scores", scores, limit=60, reserve=0)]
+
+    return [Lane("study", make)]
+
+
+def pack_runs(out):
+    """Options, rows of metrics, logs and samples of all runs in one file; its size."""
+    kept = ("options.json", "metrics.csv", "log.jsonl", "winner.json", "error.json")
+    files = [
+        f for run in read_runs() for f in sorted(run.path.rglob("*")) if f.name in kept or f.parent.name == "samples"
+    ]
+    return write_tar(out / "runs.tar.xz", [(f.relative_to(runs_dir()).as_posix(), f) for f in files], "xz")
+
+
+def write_tar(path, files, kind):
+    part = path.with_name(f".{path.name}.part")
+    with tarfile.open(part, f"w:{kind}", **(dict(preset=6) if kind == "xz" else {})) as tar:
+        for name, file in files:
+            tar.add(file, name, recursive=False)
+    os.replace(part, path)
+    return path.stat().st_size
+
+
+def half(path):
+    """The bytes of a file of weights, floats in half precision, with its metadata."""
+    with safe_open(path, "pt") as f:
+        metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    return save(
+        {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, metadata | dict(precision="float16")
+    )
+
+
+def pack_weights(out, room):
+    """The last day's weights of each run of phase 2 and of its components, in half precision, as far as they fit; what was left out."""
+    runs = [
+        r
+        for r in read_runs(preset=PRESET)
+        if r.options["phase"] in ("phase2", "part") and list(r.path.glob("day-*.safetensors"))
+    ]
+    first = lambda r: (
+        r.options["seed"],
+        r.options.get("of") == "phase1",
+        MODELS[::-1].index(r.options["model"]) if r.options["model"] in MODELS else 0,
+    )
+    stream, left = io.BytesIO(), []
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for run in sorted(runs, key=first):
+            file = max(run.path.glob("day-*.safetensors"), key=lambda f: int(f.stem.split("-")[1]))
+            content = half(file)
+            if stream.tell() + len(content) + 4096 > room:
+                left.append(f"{run.path.name}: {len(content) / 2**20:.0f} MiB")
+                continue
+            info = tarfile.TarInfo(f"{run.path.name}/{file.name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = stream.getvalue()
+    for k in range(0, len(data), FILE):
+        (out / f"weights.tar.{k // FILE + 1}").write_bytes(data[k : k + FILE])
+    return left
+
+
+def train_stage(out, device, rehearse, limit, chunks, work, only="", wanted=None, seeds=3):
+    """Run the stage and pack what it made; its report."""
+    began, out, work = time.monotonic(), Path(out), Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ["FAIC_RUNS"] = str(work / "runs")
+    packed = [0.0]
+
+    def changed():
+        if time.monotonic() - packed[0] > 20:
+            packed[0] = time.monotonic()
+            pack_runs(out)
+
+    report = supervise(
+        "train",
+        out,
+        limit - min(20, limit / 10),
+        lanes(device, rehearse, chunks, work, only, wanted or {}, limit - min(20, limit / 10), seeds),
+        changed=changed,
+    )
+    size = pack_runs(out)
+    left = pack_weights(out, BACK - size - 2**20)
+    report |= dict(winners=winners(), weights_left_out=left, seconds_with_packing=round(time.monotonic() - began, 1))
+    write_json(out / "train.json", report)
+    files = {f.name: f.stat().st_size for f in sorted(out.iterdir()) if f.name.startswith(("runs", "weights", "train"))}
+    print(
+        f"train: {', '.join(f'{n} {s / 2**20:.1f} MiB' for n, s in files.items())}; weights left out: {', '.join(left) or 'none'}; winners: {report['winners']}",
+        flush=True,
+    )
+    return report
