@@ -380,7 +380,7 @@ class BBDM(Ends):
 
     def losses(self,
         batch:dict, # 'latents', or 'rgb' and 'gray'
-        generator, # of times and noise: a torch.Generator, or a list with one per image
+        generator, # of times and noise, see `drawn`
     ):
         "Yield ('net', loss): how far the network's answer at a random time of each image is from the target."
         x0, y, context = self.ends(batch)

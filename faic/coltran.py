@@ -560,7 +560,7 @@ class ColTranColor:
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
-        generator, # draws each photograph's channel: a torch.Generator, or a list with one per image
+        generator, # draws each photograph's channel, see `drawn`
     ):
         "Yield ('net', bits a value of the drawn channel)."
         low = area(_levels(batch['rgb']), self.low, self.low)
@@ -582,7 +582,7 @@ class ColTranSpatial:
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
-        generator, # draws each photograph's channel: a torch.Generator, or a list with one per image
+        generator, # draws each photograph's channel, see `drawn`
     ):
         "Yield ('net', bits a value of the drawn channel)."
         pixels = _levels(batch['rgb'])

@@ -6,7 +6,8 @@
 __all__ = ['PAPER_SPLIT', 'LEAST', 'FILTER', 'EMBEDDED', 'PHASE1', 'CAUTION', 'NOTES', 'SIZE_FIELDS', 'CHUNK', 'SAMPLED',
            'PREPARED', 'Photos', 'LeftOut', 'to_rgb', 'read_photo', 'file_stats', 'list_files', 'shuffled',
            'wrong_rows', 'difference', 'set_name', 'load_photos', 'describe', 'list_hashes', 'kept_array', 'enlarged',
-           'verify', 'Batch', 'share_of', 'training_batches', 'latent_batches', 'ordered_batches']
+           'verify', 'Batch', 'rank_rows', 'share_of', 'resident', 'crops_of', 'training_batches', 'latent_batches',
+           'ordered_batches']
 
 # %% ../nbs/02_data.ipynb #665b7a3b
 import errno, glob, hashlib, itertools, json, math, os, re, shutil, stat
@@ -581,7 +582,9 @@ class Batch(Mapping):
         self._made = dict(index=index, gray=None, rgb=pixels.float().div_(255))
 
     def __getitem__(self, key):
-        if key == 'gray' and self._made[key] is None: self._made[key] = luma(self._made['rgb'].mul(255).round_().to(torch.uint8), self._gray_kind)
+        if key == 'gray' and self._made[key] is None:
+            rgb = self._made['rgb']
+            with torch.autocast(rgb.device.type, enabled=False): self._made[key] = luma(rgb.mul(255).round_().to(torch.uint8), self._gray_kind)
         return self._made[key]
 
     def __iter__(self): return iter(self._made)
@@ -612,18 +615,26 @@ def _batches(
             while ahead:
                 ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, 1))
                 rows, index = map(torch.from_numpy, ahead.popleft().result())
-                yield make(index, rows.to(device)) # the index is for the host: it names random numbers
+                if torch.device(device).type == 'cuda': rows = rows.pin_memory() # then nobody waits for the copy
+                yield make(index, rows.to(device, non_blocking=True)) # the index is for the host: it names random numbers
         finally:
             for later in ahead: later.cancel()
 
 # %% ../nbs/02_data.ipynb #edaf707a
-def share_of(
-    rows:np.ndarray, # of a whole batch
+def rank_rows(
+    images:int, # of a whole batch
     process:int, # 0 ... processes-1
     processes:int,
-)->np.ndarray: # consecutive, as many as the others' within one; never empty
+)->slice: # as many as the others' within one; never empty
+    "Which rows of a batch a process has."
+    if process >= images: return slice(0, 1)
+    few, longer = divmod(images, processes)
+    start = process*few + min(process, longer)
+    return slice(start, start + few + (process < longer))
+
+def share_of(rows:np.ndarray, process:int, processes:int)->np.ndarray:
     "A process's rows of a batch."
-    return np.array_split(rows, processes)[process] if process < len(rows) else rows[:1]
+    return rows[rank_rows(len(rows), process, processes)]
 
 # %% ../nbs/02_data.ipynb #d0fe9664
 def _epoch(n, seed, epoch, room):
@@ -640,9 +651,36 @@ def _draws(n, batch_size, seed, start_step, room=0): # yields for each step: (st
         for start in range(position*batch_size, n, batch_size): yield next(step), order[start:start+batch_size], corner, mirror
         position = 0
 
+def _places(draw, share): # of a process's images in a step, (B,4): photograph, top and left of the crop, mirrored
+    _, chosen, corner, mirror = draw
+    chosen = share_of(chosen, *share)
+    return np.column_stack([chosen, corner[chosen], mirror[chosen]])
+
+# %% ../nbs/02_data.ipynb #33d0438d
+def resident(
+    array:np.ndarray, # (n,...)
+    device:torch.device,
+    share:float=.4, # of the free memory that it may take
+): # a tensor on the device, or the array as it is
+    "A whole array on a GPU, where it fits; else, and for a CPU, it stays where it is."
+    if device.type != 'cuda' or isinstance(array, torch.Tensor) or array.nbytes > share*torch.cuda.mem_get_info(device)[0]: return array
+    there = torch.empty(array.shape, dtype=torch.tensor(array[:1]).dtype, device=device)
+    for start in range(0, len(array), 4096): there[start:start+4096] = torch.tensor(array[start:start+4096]) # which copies: a memory map may be read-only
+    return there
+
+def crops_of(
+    array:torch.Tensor, # (n,S,S,3) uint8
+    places:torch.Tensor, # (B,4) long: photograph, top and left of the crop, mirrored
+    crop:int, # px
+)->torch.Tensor: # (B,3,crop,crop) uint8
+    "The crops of a whole batch, by indices."
+    steps, (photo, top, left, mirrored) = torch.arange(crop, device=array.device), places[:, :, None].unbind(1)
+    rows, columns = top + steps, left + torch.where(mirrored.bool(), steps.flip(0), steps)
+    return array[photo[:, :, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
+
 # %% ../nbs/02_data.ipynb #aaa17f4e
 def training_batches(
-    array:np.ndarray, # uint8 (n,S,S,3), e.g. from `enlarged`
+    array, # uint8 (n,S,S,3), e.g. from `enlarged`; of NumPy, or a tensor on the device, see `resident`
     indices:np.ndarray, # (n,): row i of array is photo indices[i]
     batch_size:int,
     seed:int, # of the order, the crops and the flips
@@ -662,19 +700,20 @@ def training_batches(
     if gray_kind not in GRAY_KINDS: raise ValueError(f'gray kind {gray_kind!r} is unknown; expected one of {GRAY_KINDS}')
     if workers < 1: raise ValueError(f'workers is {workers}; expected at least 1')
     indices, buffers = np.asarray(indices, dtype=np.int64), np.empty((workers + 1, batch_size, 3, crop, crop), np.uint8)
+    there = isinstance(array, torch.Tensor)
     def cut(draw):
-        step, chosen, corner, mirror = draw
-        chosen = share_of(chosen, *share)
-        pixels = buffers[step % len(buffers), :len(chosen)] # in the others are the batch before and those that are being cut
-        for out, i in zip(pixels, chosen):
-            (top, left), forward = corner[i], -1 if flip and mirror[i] else 1
-            out[...] = array[i, top:top+crop, left:left+crop].transpose(2, 0, 1)[:, :, ::forward]
-        return pixels, indices[chosen]
-    return _batches(cut, _draws(n, batch_size, seed, start_step, room), partial(Batch, gray_kind=gray_kind), device, workers)
+        places = _places(draw, share)*(1, 1, 1, flip)
+        if there: return places, indices[places[:, 0]]
+        pixels = buffers[draw[0] % len(buffers), :len(places)] # in the others are the batch before and those that are being cut
+        for out, (i, top, left, mirrored) in zip(pixels, places.tolist()):
+            out[...] = array[i, top:top+crop, left:left+crop].transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
+        return pixels, indices[places[:, 0]]
+    def make(index, rows): return Batch(index, crops_of(array, rows, crop) if there else rows, gray_kind)
+    return _batches(cut, _draws(n, batch_size, seed, start_step, room), make, device, workers)
 
 # %% ../nbs/02_data.ipynb #dee4b721
 def latent_batches(
-    latents:np.ndarray, # (n,1,...), or (n,2,...) where the second is that of the mirrored photograph
+    latents, # (n,1,...), or (n,2,...) where the second is that of the mirrored photograph; of NumPy, or a tensor on the device
     indices:np.ndarray, # (n,): row i is of photo indices[i]
     batch_size:int,
     seed:int, # of the order and the mirrors
@@ -687,11 +726,12 @@ def latent_batches(
     if workers < 1: raise ValueError(f'workers is {workers}; expected at least 1')
     indices = np.asarray(indices, dtype=np.int64)
     if len(indices) != len(latents): raise ValueError(f'expected an index for each of the {len(latents)} rows of latents, found {len(indices)}')
+    there = isinstance(latents, torch.Tensor)
     def cut(draw):
-        _, chosen, _, mirror = draw
-        chosen = share_of(chosen, *share)
-        return np.stack([latents[i, int(mirror[i] and latents.shape[1] == 2)] for i in chosen]), indices[chosen]
-    return _batches(cut, _draws(len(latents), batch_size, seed, start_step), lambda index, rows: dict(index=index, latents=rows), device, workers)
+        places = _places(draw, share)[:, ::3]*(1, latents.shape[1] == 2) # photograph, mirrored
+        return places if there else latents[tuple(places.T)], indices[places[:, 0]]
+    def make(index, rows): return dict(index=index, latents=latents[tuple(rows.T)] if there else rows)
+    return _batches(cut, _draws(len(latents), batch_size, seed, start_step), make, device, workers)
 
 # %% ../nbs/02_data.ipynb #1468d205
 def ordered_batches(

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .color import lab_to_rgb, scaled_lab, unscale_lab
+from .core import drawn
+from .layers import at_least_float
 
 # %% ../nbs/20_pix2pix.ipynb #2f54911f
 def unet_levels(side:int)->int: # 8 at 256, 6 at 128, 5 at 64 and below
@@ -43,13 +45,15 @@ def normalize(
 def draw_masks(
     shapes:list, # (C,H,W) of each dropout, in the order of execution
     count:int, # images
-    generator, # one torch.Generator, or a list with one per image
+    generator, # a torch.Generator, a list with one per image, or a BatchGenerator
     rate:float=.5, # share of zeros
 )->list: # of (count,C,H,W) tensors with values 0 and 1/(1-rate), on the generator's device
     "Dropout masks, drawn one image after the other, so that the batch size changes no image's masks."
-    own = generator if isinstance(generator, (list, tuple)) else [generator]*count
-    draws = [[torch.rand(s, generator=g, device=g.device).ge(rate).float().div(1 - rate) for s in shapes] for g in own]
-    return [torch.stack(m) for m in zip(*draws)]
+    if isinstance(generator, torch.Generator):
+        draws = [[drawn(torch.rand, s, generator) for s in shapes] for _ in range(count)]
+        uniform = [torch.stack(u) for u in zip(*draws)]
+    else: uniform = [drawn(torch.rand, (count, *s), generator) for s in shapes]
+    return [u.ge(rate).float().div(1 - rate) for u in uniform]
 
 # %% ../nbs/20_pix2pix.ipynb #c5f71495
 class UNet(nn.Module):
@@ -135,7 +139,8 @@ def gan_loss(
     real:bool, # the target
     mode:str='vanilla', # 'vanilla', 'lsgan' or 'wgangp'
 )->Tensor: # scalar
-    "How far the logits are from saying `real`, averaged over patches and images."
+    "How far the logits are from saying `real`, averaged over patches and images; in float32 also where the logits are narrower."
+    logits = at_least_float(logits)
     if mode == 'vanilla': return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
     if mode == 'lsgan': return (logits - float(real)).square().mean()
     if mode == 'wgangp': return -logits.mean() if real else logits.mean()
@@ -167,16 +172,16 @@ class Pix2Pix:
 
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels
-        generator, # for dropout: a torch.Generator, or a list with one per image
+        generator, # for dropout, see draw_masks
     ):
         "Yield ('D', loss) and then ('G', loss); the part must be stepped before the next is asked for."
-        L, ab = scaled_lab(batch['rgb'])
+        with torch.autocast(batch['rgb'].device.type, enabled=False): L, ab = scaled_lab(batch['rgb']) # or bfloat16 would round the target
         masks = draw_masks(self.G.mask_shapes(*L.shape[-2:]), len(L), generator, self.dropout) if self.dropout else None
         return self.adversarial_losses(L, ab, masks)
 
     def adversarial_losses(self, L:Tensor, ab:Tensor, masks=None):
         "The two losses from scaled Lab, (B,1,H,W) and (B,2,H,W)."
-        fake = self.G(L, masks)
+        fake = at_least_float(self.G(L, masks))
         D_fake = gan_loss(self.D(torch.cat([L, fake], 1).detach()), False, self.gan_mode)
         D_real = gan_loss(self.D(torch.cat([L, ab], 1)), True, self.gan_mode)
         self.terms = dict(D_fake=D_fake.detach(), D_real=D_real.detach())

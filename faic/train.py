@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'PEEKS', 'half_then_linear', 'official_linear', 'make_optimizer', 'make_plateau', 'CollapseWatch',
-           'TrainingStopped', 'claim', 'heard', 'Trainer', 'begin', 'check_room', 'learning_rate_factor',
-           'batch_images', 'pieces_of', 'train_step', 'summed', 'update', 'add_gradients', 'update_averages', 'note',
-           'keep_error', 'errors_kept', 'look', 'kept_step', 'agree', 'ReadingFailed', 'readable', 'out_of_memory',
-           'memory_sentence', 'day_batches', 'day_engine', 'train_day', 'train_until', 'Clock', 'stop', 'final',
-           'save_checkpoint', 'Hashed', 'try_to_save', 'room_needed', 'free_space', 'Damaged', 'read_checkpoint',
-           'newest_state', 'load_checkpoint', 'forget_later', 'continue_from', 'watch_day', 'load_weights', 'work_done']
+           'TrainingStopped', 'claim', 'heard', 'Trainer', 'begin', 'choose_threads', 'check_room',
+           'learning_rate_factor', 'batch_images', 'pieces_of', 'step_generator', 'train_step', 'summed', 'update',
+           'settle', 'read_later', 'add_gradients', 'update_averages', 'average_in', 'note', 'keep_error',
+           'errors_kept', 'look', 'kept_step', 'agree', 'ReadingFailed', 'readable', 'out_of_memory', 'memory_sentence',
+           'day_batches', 'day_engine', 'train_day', 'train_until', 'Clock', 'stop', 'final', 'save_checkpoint',
+           'Hashed', 'try_to_save', 'room_needed', 'free_space', 'Damaged', 'read_checkpoint', 'newest_state',
+           'load_checkpoint', 'forget_later', 'continue_from', 'watch_day', 'load_weights', 'work_done']
 
 # %% ../nbs/30_train.ipynb #7cd4f35d
 import ctypes, fcntl, hashlib, json, math, os, platform, shutil, signal, sys, threading, time
@@ -23,10 +24,11 @@ from ignite.engine import Engine, Events
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from .core import Budget, Run, added_up, generator_for, is_first, progress, write_bytes, write_json, written_whole
-from .data import Batch, latent_batches, training_batches
+from .core import (BatchGenerator, Budget, Run, added_up, generator_for, is_first, leave_busy_cores, progress, set_threads, usable_cores,
+                       write_bytes, write_json, written_whole)
+from .data import Batch, latent_batches, rank_rows, resident, training_batches
 from .layers import share_norms
 
 # %% ../nbs/30_train.ipynb #e52cad74
@@ -144,7 +146,7 @@ class Trainer:
         array, # (N,S,S,3) uint8 photographs at load size
         indices, # (N,) which photograph each row is
         budget:Budget, # of the whole run
-        options:dict, # batch_size, optimizer, lr, ..., schedule, crop, flip, ema, seed
+        options:dict, # batch_size, optimizer, lr, ..., schedule, crop, flip, ema, seed; where they differ from float32 and False, precision and channels_last
         days:int=1, # parts of equal budget
         device=torch.device('cpu'),
         save_minutes:float=5, # between checkpoints, beside those at the end of a day
@@ -158,16 +160,18 @@ class Trainer:
         self.trainee, self.run, self.array, self.indices, self.prepared = trainee, run, array, indices, prepared
         self.budget, self.options, self.days, self.device, self.save_minutes = budget, options, days, device, save_minutes
         self.workers, self.pieces, self.watch_board, self.peek = workers, pieces, watch, peek
-        self.parts = {n: p.to(device).train() for n, p in trainee.parts().items()}
+        layout = torch.channels_last if options.get('channels_last') else torch.preserve_format
+        self.parts = {n: p.to(device).to(memory_format=layout).train() for n, p in trainee.parts().items()}
         self.norms = [m for p in self.parts.values() for m in share_norms(p)] if idist.get_world_size() > 1 else []
         self.parameters = {n: [q for q in p.parameters() if q.requires_grad] for n, p in self.parts.items()}
         self.optimizers = {n: make_optimizer(p, options) for n, p in self.parameters.items()}
         self.plateaus = {n: s for n, o in self.optimizers.items() if (s := make_plateau(o, options))}
         ema = options.get('ema')
-        self.ema = {n: AveragedModel(p, multi_avg_fn=get_ema_multi_avg_fn(ema['decay'])) for n, p in self.parts.items()} if ema else {}
+        self.ema = {n: AveragedModel(p) for n, p in self.parts.items()} if ema else {}
         self.watch = CollapseWatch()
         self.step, self.behind, self.seconds, self.unseen, self.saved_at, self.logged_at, self.averaging = 0, 0, 0., [], 0., -1., False
         self.peeked = 0 # pictures
+        self.unsettled = {} # part -> function that reads the loss that its plateau has not seen
         self.epoch_length = math.ceil(len(indices)/options['batch_size'])
         update_averages(self) # the first update of an average is a copy
         begin(self, continues)
@@ -197,18 +201,31 @@ def begin(
     t = trainer
     idist.barrier() # what a process finds here, all find
     done = sum(t.day_weights(d).exists() for d in range(1, t.days + 1))
-    if done == t.days: return
+    if done == t.days: return choose_threads(t, new=False)
     if idist.get_world_size() > 1: t.control = torch.distributed.new_group(backend='gloo') # for what is said between steps
     if is_first():
         claim(t.run.path)
         check_room(t, t.days - done)
-    if t.checkpoint.exists() or t.previous.exists(): load_checkpoint(t)
+    new = not (t.checkpoint.exists() or t.previous.exists())
+    if not new: load_checkpoint(t)
     elif done:
         raise TrainingStopped(f'{t.run.path} has finished days but no {t.checkpoint.name} to go on from; restore it, or move the folder away to train again from the start')
     else:
         if is_first(): (t.run.path/'log.jsonl').unlink(missing_ok=True) # of an attempt that never got to its first checkpoint
         if continues: continue_from(t, continues)
+    choose_threads(t, new)
     if t.pieces*idist.get_world_size() > 1: note(t, event='divided', step=t.step, pieces=t.pieces, processes=idist.get_world_size())
+
+def choose_threads(
+    trainer:Trainer,
+    new:bool, # does the run begin?
+):
+    "A new run on a CPU leaves busy cores alone; one that goes on keeps its number of threads, because the last bits of sums depend on it."
+    t, cores = trainer, len(usable_cores())
+    if t.device.type != 'cpu' or idist.get_world_size() > 1: return
+    before = [e['threads'] for e in t.run.events() if e.get('event') == 'threads' and e['cores'] == cores]
+    if not new: set_threads(*before[-1:])
+    elif leave_busy_cores(): note(t, event='threads', step=t.step, threads=torch.get_num_threads(), cores=cores)
 
 def check_room(
     trainer:Trainer,
@@ -241,24 +258,30 @@ def batch_images(trainer:Trainer)->int:
 def pieces_of(
     trainer:Trainer,
     batch, # this process's images: a Batch, or a dict of tensors
-)->list: # of batches with 'share' (of the whole batch's images) and 'piece' (its number) beside the rest
-    "Cut a batch into pieces and say what each counts."
-    mine = len(batch['index'])
-    images, counted = mine, True
-    if idist.get_world_size() > 1: images, counted = batch_images(trainer), idist.get_rank() < batch_images(trainer)
-    for norm in trainer.norms: norm.counted = counted
-    pieces = min(trainer.pieces, mine)
-    if pieces == 1: return [batch | dict(share=mine/images*counted, piece=0)]
+)->list: # of batches with 'share' (of the whole batch's images), 'piece' (its number) and 'generator' (its BatchGenerator) beside the rest
+    "Cut a batch into pieces; say what each counts, and where its random numbers come from."
+    t, mine, rank, world = trainer, len(batch['index']), idist.get_rank(), idist.get_world_size()
+    images = batch_images(t) if world > 1 else mine
+    counted, first = rank < images, rank_rows(images, rank, world).start
+    for norm in t.norms: norm.counted = counted
+    pieces = min(t.pieces, mine)
     ends = [round(mine*k/pieces) for k in range(pieces + 1)]
-    cut = batch.piece if isinstance(batch, Batch) else lambda rows: {k: v[rows] for k, v in batch.items()}
-    return [cut(slice(a, b)) | dict(share=(b - a)/images*counted, piece=k) for k, (a, b) in enumerate(zip(ends, ends[1:]))]
+    def piece(k, a, b): # of this process's images from a to b
+        cut = batch if pieces == 1 else batch.piece(slice(a, b)) if isinstance(batch, Batch) else {n: v[a:b] for n, v in batch.items()}
+        return cut | dict(share=(b - a)/images*counted, piece=k, generator=step_generator(t, slice(first + a, first + b), images))
+    return [piece(k, *rows) for k, rows in enumerate(zip(ends, ends[1:]))]
+
+def step_generator(trainer:Trainer, rows:slice, images:int)->BatchGenerator:
+    "The random numbers of the present step for some of its images, the same however they are divided."
+    t = trainer
+    return BatchGenerator(generator_for(t.options['seed'], 'training', t.behind + t.step, device=t.device), rows, images)
 
 # %% ../nbs/30_train.ipynb #73037f76
 def train_step(trainer:Trainer, batch)->dict: # part -> loss, still tensors; of this process's share where there are several
     "Take in one batch: gradients of every part, and a step of its optimizer where enough batches have been summed up."
     t, o, losses = trainer, trainer.options, {}
     factor, pieces = learning_rate_factor(t), pieces_of(t, batch)
-    running = [iter(t.trainee.losses(p, [generator_for(o['seed'], 'training', t.behind + t.step, i) for i in p['index'].tolist()])) for p in pieces]
+    running = [iter(t.trainee.losses(p, p['generator'])) for p in pieces]
     terms = [{} for _ in pieces]
     while True:
         part, total = None, 0.
@@ -284,10 +307,26 @@ def update(trainer:Trainer, part:str, loss, factor:float):
     "Step a part's optimizer by the gradients of all processes; where its rate follows the loss, show it this one."
     optimizer, plateau = trainer.optimizers[part], trainer.plateaus.get(part)
     add_gradients(trainer.parameters[part])
+    settle(trainer, part)
     if plateau is None:
         for group in optimizer.param_groups: group['lr'] = trainer.options['lr']*factor
     optimizer.step()
-    if plateau: plateau.step(added_up(loss).item())
+    if plateau: trainer.unsettled[part] = read_later(added_up(loss))
+
+def settle(trainer:Trainer, part:str):
+    "Let the plateau of a part see its last loss. That is early enough before the next step of the optimizer, and by then the GPU has the number ready."
+    if part in trainer.unsettled: trainer.plateaus[part].step(trainer.unsettled.pop(part)())
+
+def read_later(number:torch.Tensor): # function of nothing: the number
+    "Send a number to the host; who asks for it waits for that, not for what the GPU was given to do afterwards."
+    sent, there = number.detach().to('cpu', non_blocking=True), None
+    if number.device.type == 'cuda':
+        there = torch.cuda.Event()
+        there.record()
+    def read():
+        if there: there.synchronize()
+        return sent.item()
+    return read
 
 def add_gradients(
     parameters:list,
@@ -310,7 +349,20 @@ def update_averages(trainer:Trainer):
     t.averaging = t.averaging or (t.fraction if ema['start'] < 1 else t.step + 1) >= ema['start']
     for name, average in t.ema.items():
         if not t.averaging: average.n_averaged.zero_() # then the update is a copy
-        average.update_parameters(t.parts[name])
+        average_in(average, t.parts[name], ema['decay'])
+
+@torch.no_grad()
+def average_in(
+    average:AveragedModel, # of a network; its own update would wait for the GPU each time
+    net:torch.nn.Module, # the network, whose weights are taken in
+    decay:float, # what the average keeps of itself
+):
+    "Take a network's weights into an average; the first time copy them, and the buffers always."
+    ours, theirs = list(average.module.parameters()), list(net.parameters())
+    if average.n_averaged: torch._foreach_lerp_(ours, theirs, 1 - decay) # the count is on the CPU
+    else: torch._foreach_copy_(ours, theirs)
+    if buffers := list(average.module.buffers()): torch._foreach_copy_(buffers, list(net.buffers()))
+    average.n_averaged += 1
 
 # %% ../nbs/30_train.ipynb #1ab40b84
 def note(trainer:Trainer, **event):
@@ -402,7 +454,10 @@ def day_batches(trainer:Trainer): # endless iterator
     "This process's share of the batches, from the present step on."
     t, o = trainer, trainer.options
     where = dict(start_step=t.step, device=t.device, workers=t.workers, share=(idist.get_rank(), idist.get_world_size()))
-    if t.prepared is not None: return latent_batches(t.prepared, t.indices, o['batch_size'], o['seed'], **where)
+    if t.prepared is not None:
+        t.prepared = resident(t.prepared, t.device)
+        return latent_batches(t.prepared, t.indices, o['batch_size'], o['seed'], **where)
+    t.array = resident(t.array, t.device)
     return training_batches(t.array, t.indices, o['batch_size'], o['seed'], o['crop'], o['flip'], t.trainee.gray_kind, **where)
 
 def day_engine(trainer:Trainer)->Engine:
@@ -504,6 +559,7 @@ def final(trainer:Trainer, name:str, part):
 def save_checkpoint(trainer:Trainer):
     "Write everything that the run needs to go on to last.pt; OSError where that fails, and then the ones before stay."
     t = trainer
+    for n in t.plateaus: settle(t, n)
     state = dict(step=t.step, behind=t.behind, seconds=t.seconds, logged_at=t.logged_at, watch=t.watch.state,
                  parts={n: p.state_dict() for n, p in t.parts.items()}, optimizers={n: o.state_dict() for n, o in t.optimizers.items()},
                  ema={n: e.state_dict() for n, e in t.ema.items()}, averaging=t.averaging, plateaus={n: s.state_dict() for n, s in t.plateaus.items()},

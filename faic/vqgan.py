@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .core import added_up, gathered
+from .core import BatchGenerator, added_up, gathered
 from .layers import at_least_float, norm_groups
 
 # %% ../nbs/22_vqgan.ipynb #fabc85f3
@@ -153,7 +153,7 @@ class VectorQuantizer(nn.Module):
     def begin_with(self, z:Tensor, generator:torch.Generator=None): # (B,embed_dim,h,w)
         "Make the codes latents drawn at random, each once before any comes twice."
         pixels, codes = z.movedim(1, -1).flatten(0, -2), self.embedding.weight
-        order = torch.randperm(len(pixels), generator=generator).repeat(math.ceil(len(codes)/len(pixels)))
+        order = torch.randperm(len(pixels), generator=generator, device=generator.device if generator else None).repeat(math.ceil(len(codes)/len(pixels)))
         codes.copy_(pixels[order[:len(codes)].to(z.device)])
 
     @torch.no_grad()
@@ -305,7 +305,7 @@ class VQGAN:
             torch.manual_seed(seed)
             self.net = VQModel(**FIRST_STAGES[latent] | dict(ch=ch, num_res_blocks=num_res_blocks, groups=norm_groups(ch)) | (dict(n_embed=n_embed) if n_embed else {}))
             self.D = PatchDiscriminator(official['disc_layers'] if disc_layers is None else disc_layers, disc_width)
-        self.perceptual_weight, self.perceptual, self.codebook, self.terms = perceptual_weight, None, codebook, {}
+        self.perceptual_weight, self.perceptual, self.codebook, self.terms, self._known = perceptual_weight, None, codebook, {}, (None, 0)
 
     def parts(self)->dict:
         "The networks, one optimizer each; the perceptual network is not among them, it stays as it is."
@@ -313,23 +313,29 @@ class VQGAN:
 
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1]; of a piece of a larger batch also 'share' (of its images) and 'piece' (its number)
-        generator=None, # of the first codes, with codebook 'data': a torch.Generator, or a list of which the first is taken; else draws nothing
+        generator=None, # of the first codes, with codebook 'data': a torch.Generator, a BatchGenerator's, or the first of a list; else draws nothing
     ):
         "Yield ('net', loss) and, from batch disc_start on, ('D', loss)."
-        x, share = batch['rgb']*2 - 1, batch.get('share', 1.)
+        x, share, made = batch['rgb']*2 - 1, batch.get('share', 1.), self._made()
         z = self.net.encode(x)
-        if self.codebook == 'data' and int(self.D.steps) == 0 and batch.get('piece', 0) == 0: self._first_codes(z if share else z[:0], generator)
+        if self.codebook == 'data' and made == 0 and batch.get('piece', 0) == 0: self._first_codes(z if share else z[:0], generator)
         zq, index, codebook = self.net.quantize(z)
         rec = self.net.decode(zq, quantize=False)
         l1, perceptual = F.l1_loss(rec, x), self._perceptual(rec, x)
         likeness, g, d_weight = l1 + self.perceptual_weight*perceptual, l1.new_zeros(()), l1.new_zeros(())
-        if adversarial := int(self.D.steps) >= self.disc_start:
+        if adversarial := made >= self.disc_start:
             g = -at_least_float(self.D(rec)).mean()
             d_weight = self.disc_weight*self._balance(likeness, g, share)
         self.terms = dict(rec=l1.detach(), perceptual=perceptual.detach(), g=g.detach(), d_weight=d_weight, codebook=codebook.detach(), usage=self._usage(index))
         yield 'net', likeness + d_weight*g + codebook
         if adversarial: yield 'D', (F.relu(1 - at_least_float(self.D(x))).mean() + F.relu(1 + at_least_float(self.D(rec.detach()))).mean())/2
-        if batch.get('piece', 0) == 0: self.D.steps += 1
+        if batch.get('piece', 0) == 0:
+            self.D.steps += 1
+            self._known = self.D.steps._version, made + 1
+
+    def _made(self): # steps; the device is asked only where they were changed elsewhere, e.g. loaded
+        if self._known[0] != self.D.steps._version: self._known = self.D.steps._version, int(self.D.steps)
+        return self._known[1]
 
     def _perceptual(self, rec, x):
         if not self.perceptual_weight: return x.new_zeros(())
@@ -338,6 +344,7 @@ class VQGAN:
 
     def _first_codes(self, z, generator): # of all processes' latents, and the same in all of them
         codes = self.net.quantize.embedding.weight
+        if isinstance(generator, BatchGenerator): generator = generator.generator
         self.net.quantize.begin_with(gathered(z.detach()), generator[0] if isinstance(generator, (list, tuple)) else generator)
         with torch.no_grad(): codes.copy_(gathered(codes[None])[0])
 

@@ -1,0 +1,197 @@
+"""The training loop: whose random numbers, which precision, how many threads, and that nothing is read from the device too early."""
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import together
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from faic import core
+from faic.core import Budget, Run, generator_for, open_run, pick_device
+from faic.data import Batch
+from faic.pix2pix import Pix2Pix
+from faic.train import Trainer, average_in, day_batches, train_day, train_step, update
+
+sys.path.append(str(Path(__file__).with_name("trials")))
+SIDE, PHOTOGRAPHS = together.SIDE, 10
+CPU = pick_device("cpu")
+TINY = dict(batch_size=3, optimizer="adam", lr=0.01, beta1=0.5, beta2=0.999, schedule="constant", crop=SIDE, flip=True, seed=0)
+
+
+def trainer(folder, name, steps, **changes):
+    """A trainer of one of together's trainees, with its own checkpoint after each day."""
+    make, options = together.TRAINEES[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (PHOTOGRAPHS, SIDE + 4, SIDE + 4, 3), dtype=np.uint8)
+    latents = np.random.default_rng(1).standard_normal((PHOTOGRAPHS, 2, 6, 8, 8)).astype(np.float16) if name == "bbdm" else None
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    return Trainer(make(), Run(folder / name, dict(model=name)), pixels, np.arange(PHOTOGRAPHS), Budget(steps, "steps"), TINY | options | changes, 2, prepared=latents)
+
+
+def weights(trainer):
+    return {f"{n}.{k}": v for n, p in trainer.parts.items() for k, v in p.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", together.TRAINEES)
+def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(tmp_path, name):
+    """bfloat16, with channels last: two days in one go, and with a new trainer for the second."""
+    half = dict(precision="bfloat16", channels_last=True)
+    whole, first = (trainer(tmp_path / f, name, 10, **half) for f in ("whole", "halves"))
+    train_day(whole, 1)
+    train_day(whole, 2)
+    train_day(first, 1)
+    second = trainer(tmp_path / "halves", name, 10, **half)
+    train_day(second, 2)
+    a, b = weights(whole), weights(second)
+    assert all(torch.equal(v, b[k]) for k, v in a.items()) and all(v.dtype != torch.bfloat16 for v in a.values())
+    four = [p for part in whole.parts.values() for p in part.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in four) and bool(four) == (name in ("pix2pix", "vqgan", "bbdm"))
+    losses = train_step(second, next(day_batches(second)))
+    assert {v.dtype for v in losses.values()} == {torch.float32}
+    plain = trainer(tmp_path / "plain", name, 10)
+    for day in (1, 2):
+        train_day(plain, day)
+    assert any(not torch.equal(v, weights(plain)[k]) for k, v in a.items())
+
+
+def test_colors_are_converted_in_full_precision():
+    """Whatever autocast says: bfloat16 would round Pix2Pix's target and the gray."""
+    rgb = torch.randint(256, (2, 3, SIDE, SIDE), generator=generator_for("rgb"), dtype=torch.uint8)
+    model, seen = Pix2Pix(SIDE, width=8), []
+    model.adversarial_losses = lambda L, ab, masks=None: seen.append((L, ab)) or iter(())
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            batch = Batch(torch.arange(2), rgb, "lab")
+            list(model.losses(batch, generator_for(0)))
+            seen[-1] += (batch["gray"],)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(*seen, strict=True))
+
+
+def test_an_average_is_torchs_own():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ours, theirs = AveragedModel(net), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for k in range(4):
+        for p in net.parameters():
+            p.data.add_(torch.randn(p.shape, generator=generator_for(k, *p.shape)))
+        net[1].running_mean += k
+        average_in(ours, net, 0.9)
+        theirs.update_parameters(net)
+    assert ours.n_averaged == 4 and all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    assert not torch.equal(ours.module[0].weight, net[0].weight)
+
+
+def test_a_rate_that_follows_the_loss_is_never_a_step_late(tmp_path):
+    """The plateau sees a loss just before the next step; the rates are those of a plateau that sees it at once."""
+    rule = dict(factor=0.5, patience=1, threshold=1e-4, cooldown=1, min_lr=1e-6)
+    t = trainer(tmp_path, "bbdm", 100, schedule="plateau", plateau=rule, accumulate=1)
+    once = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=t.options["lr"])
+    plateau, losses, used, expected = ReduceLROnPlateau(once, "min", threshold_mode="rel", **rule), [5, 4, 4, 4, 4, 4, 3, 3, 3, 3, 3], [], []
+    t.optimizers["net"].step = lambda: used.append(t.optimizers["net"].param_groups[0]["lr"])
+    for loss in losses:
+        expected.append(once.param_groups[0]["lr"])
+        plateau.step(loss)
+        update(t, "net", torch.tensor(float(loss)), 1.0)
+    assert used == expected and len(set(used)) > 2
+
+
+def flags(monkeypatch, folder, text):
+    (folder / "cpuinfo").write_text(text)
+    monkeypatch.setattr(core, "Path", lambda path: folder / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
+
+
+@pytest.mark.parametrize("text, native", [("flags\t\t: sse avx512f avx512_bf16 vaes\n", True), ("flags : sse avx512f\nflags : avx512_bf16\n", False), ("flags : amx_bf16\n", True),
+                                          ("Features : fp asimd bf16\n", True), ("Features : fp asimd\n", False), ("", False)])
+def test_who_multiplies_bfloat16_itself(tmp_path, monkeypatch, text, native):
+    flags(monkeypatch, tmp_path, text)
+    assert core.has_bfloat16(CPU) == native
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if native else (7, 5))
+    assert core.has_bfloat16(torch.device("cuda")) == native
+
+
+@pytest.fixture
+def four_threads(monkeypatch):
+    """A machine of four cores on which nobody has chosen a number of threads; one core is busy."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(core, "USUAL_THREADS", 4)
+    monkeypatch.setattr(core, "_THREADS", {4})
+    monkeypatch.setattr(core, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(core, "busy_cores", lambda: 0.9)
+    monkeypatch.setattr(core.set_threads, "__defaults__", (4,))
+    core.free_cores.cache_clear()
+    torch.set_num_threads(4)
+    yield monkeypatch
+    torch.set_num_threads(before)
+    core.free_cores.cache_clear()
+
+
+def test_busy_cores_are_left_alone(four_threads, capsys):
+    assert core.leave_busy_cores() and torch.get_num_threads() == 3
+    assert capsys.readouterr().out.startswith("Other work keeps 1 of 4 cores busy: training uses 3 threads, not 4.")
+    core.free_cores.cache_clear()
+    four_threads.setattr(core, "busy_cores", lambda: 0.6)
+    assert not core.leave_busy_cores() and torch.get_num_threads() == 4
+
+
+def test_a_number_that_the_user_chose_stays(four_threads):
+    torch.set_num_threads(2)
+    assert not core.leave_busy_cores() and torch.get_num_threads() == 2
+    torch.set_num_threads(4)
+    four_threads.setenv("OMP_NUM_THREADS", "4")
+    assert not core.leave_busy_cores() and torch.get_num_threads() == 4
+
+
+def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
+    """They decide the last bits of its sums. A run of another time keeps its own, too."""
+    import faic.train
+
+    four_threads.setattr(faic.train, "usable_cores", core.usable_cores)
+    four_threads.setenv("FAIC_RUNS", str(tmp_path))
+    train_day(trainer(tmp_path, "coltran_color", 4), 1)
+    assert torch.get_num_threads() == 3
+    four_threads.setattr(core, "busy_cores", lambda: 0.0)
+    core.free_cores.cache_clear()
+    trainer(tmp_path / "later", "coltran_color", 4)
+    assert torch.get_num_threads() == 4
+    trainer(tmp_path, "coltran_color", 4)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_load_of_the_cores_is_measured(tmp_path, monkeypatch):
+    """Of two looks the lower one counts; patient processes (nice), idle time and other cores do not."""
+    now, ticks, stat = [0.0], iter([30, 40, 40, 40]), tmp_path / "stat"
+    monkeypatch.setattr(core, "Path", lambda path: stat if path == "/proc/stat" else Path(path))
+    monkeypatch.setattr(core, "usable_cores", lambda: [0, 2])
+
+    def write(n):
+        stat.write_text(f"cpu 9 9 9 9 9 9 9 9\ncpu0 {n} 7 {n} 500 9 0 0 0\ncpu1 {9 * n} 0 0 0 0 0 0 0\ncpu2 0 {n} 5 0 {n} 0 0 {n}\nintr 1 2\n")
+
+    class Clock:
+        def sleep(seconds):
+            now[0] += seconds
+            write(next(ticks))
+
+        def monotonic():
+            return now[0]
+
+    monkeypatch.setattr(core, "time", Clock)
+    monkeypatch.setattr(core.os, "sysconf", lambda name: 100)
+    write(0)
+    assert core.busy_cores(0.5) == pytest.approx(3 * (40 - 30) / 100 / 0.5)
+    stat.unlink()
+    assert core.busy_cores(0.5) == 0.0
+
+
+def test_the_throughput_trial_runs(tmp_path):
+    import throughput
+
+    report = throughput.main(["pix2pix", "bbdm", "--preset", "smoke", "--seconds", "0", "--rounds", "1", "--warmup", "1", "--set", "batch_size=2",
+                              "--precision", "float32,bfloat16", "--profile", "--out", str(tmp_path / "out.json")])
+    assert [(i["model"], i["precision"]) for i in report["items"]] == [(m, p) for m in ("pix2pix", "bbdm") for p in ("float32", "bfloat16")]
+    assert all(i["best"] > 0 and {"backward", "optimizer", "batch"} <= i["profile"]["stages"].keys() for i in report["items"])
+    assert report["items"][2]["profile"]["stages"]["averages"] > 0
