@@ -1,4 +1,6 @@
-"""Everything that needs a GPU, as one prepared command for a machine that is there for minutes and has no network; README.md says how.
+"""Everything that needs a GPU, as one command for a machine that is there for minutes and has no network.
+
+README.md says what to run, and what is carried.
 
 python tests/trials/gpu.py pack /my/tiny-imagenet       chunks of photographs, to be carried there
 python tests/trials/gpu.py check speed --out OUT        there: is everything right, and how fast is it?
@@ -61,14 +63,12 @@ def parse(words):
     p.add_argument(
         "--winners",
         default="",
-        help="of train --only phase2: variants, e.g. pix2pix=default,coltran=adam; without it those of the first command on this machine, else the paper's",
+        help="of train --only phase2: variants, e.g. pix2pix=default,coltran=adam; "
+        "without it those of the first command on this machine, else the paper's",
     )
-    p.add_argument(
-        "--seeds",
-        type=int,
-        default=3,
-        help="of train: the most seeds of phase 2; those after the first as far as the time reaches",
-    )
+    p.add_argument("--seed", type=int, default=0, help="of train: the first seed of phase 2")
+    p.add_argument("--seeds", type=int, default=1, help="of train: how many seeds of phase 2 share the time")
+    p.add_argument("--day", type=float, default=0.0, help="of train: seconds of a day; 0 takes what the time allows")
     p.add_argument("--side", type=int, default=64, help="of pack: px")
     p.add_argument(
         "--count",
@@ -112,17 +112,9 @@ def run_stage(stage, o, limit):
     if stage == "train":
         from gpu_train import train_stage
 
-        return train_stage(
-            o.out,
-            o.device,
-            o.rehearse,
-            limit,
-            sorted(o.photos.glob("photos-*.npz")),
-            o.work,
-            o.only,
-            pairs(o.winners),
-            o.seeds,
-        )
+        chunks, seeds = sorted(o.photos.glob("photos-*.npz")), range(o.seed, o.seed + o.seeds)
+        plan = dict(only=o.only, wanted=pairs(o.winners), seeds=tuple(seeds), day=o.day)
+        return train_stage(o.out, o.device, o.rehearse, limit, chunks, o.work, **plan)
     import gpu_check
     import gpu_speed
     from gpu_stage import supervise
@@ -159,7 +151,7 @@ def rehearse(o):
         os.environ |= dict(FAIC_RUNS=str(root / "runs"), FAIC_FIGURES=str(root / "figures"))
         o.out, o.photos, o.work = root / "out", root / "packed", root / "work"
         toy_photographs(root / "toys", load_photos().array)
-        o.seeds, o.side, o.count, o.sizes = 2, 32, 5, f"{20000 / 2**20},{80000 / 2**20}"
+        o.side, o.count, o.sizes = 32, 5, f"{20000 / 2**20},{80000 / 2**20}"
         for stage in stages:
             began = time.monotonic()
             o.folder = root / "toys" if stage == "pack" else o.out

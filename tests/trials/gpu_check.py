@@ -1,4 +1,4 @@
-"""Stage `check`: what the GPU computes is what the CPU and the official code compute, and what half precision changes."""
+"""Stage `check`: does the GPU compute what the CPU and the official code do, and what does half precision change?"""
 
 import contextlib
 import io
@@ -9,13 +9,13 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gpu_models import (
-    MODELS,
     PRECISIONS,
     generators,
     gray_images,
@@ -28,7 +28,7 @@ from gpu_models import (
     trainer_of,
     untrained,
 )
-from gpu_stage import Item, Lane, sentence
+from gpu_stage import Item, Lane, keep, sentence
 from safetensors.torch import load_file
 from throughput import photographs
 
@@ -36,12 +36,14 @@ import faic.train
 from faic.color import to_uint8
 from faic.coltran import Colorizer, init_weights, make_sampler, sample_plain
 from faic.core import Budget, Run, generator_for, pick_device, repeat_exactly
-from faic.presets import make_colorizer, make_trainee, model_options, usual_sampling
+from faic.metrics import efficientnet_lite0, frechet_from_features
+from faic.presets import MODELS, make_colorizer, make_trainee, model_options, usual_sampling
 from faic.study import matrix_rate
 from faic.train import Trainer, train_day
 
 TESTS = Path(__file__).resolve().parents[1]
 STEPS = 50  # whose losses are compared in each precision
+CASES = tuple((temperature, norm) for temperature in (0.0, 1.0) for norm in ("row", "image"))
 SLACK = 1e9  # of the goldens' tolerances, so that every comparison is made; what is above 1 is counted
 
 
@@ -90,12 +92,14 @@ def goldens(device, which, seconds):
     passed = sum(outcome == "passed" for outcome, _ in outcomes.found.values())
     worst = max((g["share"] for g in groups.values()), default=0.0)
     names = "".join(f"; {n}: {g['worst']:.1e} where {g['tolerance']:.0e} holds on a CPU" for n, g in above.items())
-    line = f"{passed} tests ran, {len(broken)} failed, {sum(g['comparisons'] for g in groups.values())} comparisons, the worst {worst:.2g} of its tolerance{names}"
+    comparisons = sum(g["comparisons"] for g in groups.values())
+    line = f"{passed} tests ran, {len(broken)} failed, {comparisons} comparisons, "
+    line += f"the worst {worst:.2g} of its tolerance{names}"
     return dict(line=line, groups=groups, failed=broken, above_tolerance=above)
 
 
 def forked(work, errors):
-    """Do some work in a process of its own, which has no GPU yet; its number. What went wrong is in the file `errors`."""
+    """Do some work in a process of its own, whose number this is. What went wrong is in the file `errors`."""
     pid = os.fork()
     if pid:
         return pid
@@ -112,7 +116,7 @@ def forked(work, errors):
 
 def resumed(device, model, rehearse, seconds):
     """The same training three times: left alone twice, and killed with SIGKILL in the middle and started again."""
-    count, every = (8, 2) if rehearse else (60, 5)
+    count, every = (6, 2) if rehearse else (60, 5)
 
     def work(folder):
         faic.train.LOOK = every
@@ -192,37 +196,54 @@ def far(a, b):
     return max(0.0 if torch.equal(v, b[n]) else (v.double() - b[n].double()).abs().max().item() for n, v in a.items())
 
 
-def sampler(device, size, dim, images, cases, dtype, seconds):
-    """The cached sampler, on a GPU a captured graph, against the one that computes everything anew, symbol by symbol."""
-    net = init_weights(Colorizer(size, size, dim, 4, dim, outer_layers=2, inner_layers=2)).to(device, dtype)
-    gray = torch.randint(256, (images, size, size), generator=generator_for(1)).to(device)
+@dataclass(frozen=True)
+class Sampled:
+    """What the two samplers of ColTran's colorizer are compared on."""
+
+    size: int
+    dim: int
+    images: int
+    cases: tuple  # of (temperature, norm)
+    dtype: torch.dtype = torch.float64
+
+    def __str__(self):
+        return f"{self.size}x{self.size}, {self.dim} channels, {str(self.dtype).removeprefix('torch.')}"
+
+
+def sampler(device, what, seconds):
+    """The cached sampler, on a GPU a captured graph, against the naive one, symbol by symbol."""
+    net = Colorizer(what.size, what.size, what.dim, 4, what.dim, outer_layers=2, inner_layers=2)
+    net = init_weights(net).to(device, what.dtype)
+    gray = torch.randint(256, (what.images, what.size, what.size), generator=generator_for(1)).to(device)
     found, times = {}, dict(naive=0.0, cached=0.0)
-    for temperature, norm in cases:
-        make = lambda first: [generator_for(0, i) for i in range(first, first + images)]
-        fast = make_sampler(net, images, temperature, norm)
-        for first in (0, images):  # the graph is replayed for a second batch
+    for temperature, norm in what.cases:
+        fast = make_sampler(net, what.images, temperature, norm)
+        for first in (0, what.images):  # the graph is replayed for a second batch
+            numbers = [[generator_for(0, i) for i in range(first, first + what.images)] for _ in range(2)]
             began = time.monotonic()
-            naive = sample_plain(net, gray, make(first), temperature, norm)
+            naive = sample_plain(net, gray, numbers[0], temperature, norm)
             synchronize(device)
-            times["naive"] += time.monotonic() - began
-            began = time.monotonic()
-            cached = fast(gray, make(first))
+            between = time.monotonic()
+            cached = fast(gray, numbers[1])
             synchronize(device)
-            times["cached"] += time.monotonic() - began
-            found[f"temperature {temperature}, norm {norm}, from image {first}"] = first_differences(naive, cached)
-    symbols = len(found) * images * size**2
-    apart = [d for case in found.values() for d in case]
-    line = f"{size}x{size}, {dim} channels, {str(dtype).removeprefix('torch.')}: {symbols:,} symbols, naive {times['naive']:.1f} s, cached {times['cached']:.1f} s: "
-    line += (
-        "all the same"
-        if not apart
-        else f"{len(apart)} of {len(found) * images} pictures differ from somewhere on, the best two logits there {max(d['gap'] for d in apart):.1e} apart at most"
-    )
+            times["naive"] += between - began
+            times["cached"] += time.monotonic() - between
+            name = f"temperature {temperature}, norm {norm}, from image {first}"
+            found[name] = first_differences(naive, cached)
+            keep(cases=found)
+    pictures, apart = len(found) * what.images, [d for case in found.values() for d in case]
+    line = f"{pictures * what.size**2:,} symbols, naive {times['naive']:.1f} s, cached {times['cached']:.1f} s: "
+    if apart:
+        gap = max(d["gap"] for d in apart)
+        line += f"{len(apart)} of {pictures} pictures differ from somewhere on; "
+        line += f"the best two logits are {gap:.1e} apart there, or less"
+    else:
+        line += "all the same"
     return dict(line=line, cases=found, seconds=times, equal=not apart)
 
 
 def first_differences(naive, cached):
-    """Where each picture's symbols begin to differ, if they do, and how far apart the two best logits are there (noise included, they may be further)."""
+    """Where each picture's symbols begin to differ, if they do, and how far apart the two best logits are there."""
     found = []
     for image, (a, b) in enumerate(zip(naive["symbols"].flatten(1).cpu(), cached.flatten(1).cpu())):
         where = (a != b).nonzero().flatten()
@@ -264,7 +285,8 @@ def precisions(device, model, rehearse, seconds):
     ends = {n: {t: sum(step[t] for step in losses[n][-10:]) / len(losses[n][-10:]) for t in terms} for n in losses}
     pictures = {o: compare(answers["float32"], answers[o]) for o in others}
     said = [
-        f"{o}: losses of {count} steps within {100 * max(apart[o].values()):.2g} %, pictures {pictures[o]['mean']:.2f} levels apart (at most {pictures[o]['most']})"
+        f"{o}: losses of {count} steps within {100 * max(apart[o].values()):.2g} %, "
+        f"pictures {pictures[o]['mean']:.2f} levels apart (at most {pictures[o]['most']})"
         for o in others
     ]
     if model == "coltran":
@@ -287,7 +309,7 @@ def compare(a, b):
 
 
 def greedy(device, trainee, gray, name):
-    """The share of ColTran's most likely symbols, pixel after pixel, that another precision leaves as they are in float32."""
+    """The share of ColTran's greedy symbols that another precision leaves as they are in float32."""
     levels, found = (gray * 255).round().long()[:, 0], {}
     if levels.shape[-1] != trainee.low:
         levels = levels[:, :: levels.shape[-1] // trainee.low, :: levels.shape[-1] // trainee.low]
@@ -314,6 +336,23 @@ def memory(device, preset, seconds):
     )
 
 
+def scoring(device, rehearse, seconds):
+    """Do scores depend on the device? FID of gray images from photographs, its network in each precision."""
+    count = 6 if rehearse else 250
+    pixels = torch.from_numpy(photographs(count, 64)).permute(0, 3, 1, 2) / 255
+    gray = pixels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    found = {}
+    for name, where in (("CPU", torch.device("cpu")), *((n, device) for n in ("float32", "TF32") if n in PRECISIONS)):
+        net = efficientnet_lite0(where)
+        with precision("float32" if name == "CPU" else name):
+            features = [net(x.to(where))[0].cpu() for x in (pixels, gray)]
+        found[name] = dict(fid=float(frechet_from_features(*features)), features=features[0])
+    sizes = {n: f.pop("features") for n, f in found.items()}
+    apart = {n: (f - sizes["CPU"]).norm().item() / sizes["CPU"].norm().item() for n, f in sizes.items()}
+    line = ", ".join(f"{n} {f['fid']:.4f} (features {apart[n]:.1e} from the CPU's)" for n, f in found.items())
+    return dict(line=f"FID of {count} gray images: {line}", found=found, features_apart=apart)
+
+
 def about_machine(device, rehearse, seconds):
     found = machine(device)
     if not rehearse:
@@ -330,39 +369,23 @@ def lanes(device_text, rehearse):
     device = pick_device("cpu") if rehearse else torch.device(device_text)
     if rehearse:
         shrink()
-    every = [(t, n) for t in (0.0, 1.0) for n in ("row", "image")]
     which = ["pix2pix and (discriminator or dropout)"] if rehearse else ["pix2pix", "coltran", "vqgan", "bbdm"]
     models = MODELS[:1] if rehearse else MODELS
 
-    def of(name, work, *args, limit=60, **more):
-        return Item(name, lambda seconds: work(device, *args, seconds=seconds, **more), limit)
+    def of(name, work, *args, limit=60):
+        return Item(name, lambda seconds: work(device, *args, seconds=seconds), limit)
 
     def main():
-        sizes = (
-            [(8, 8, 2, every[1:3], torch.float64)]
-            if rehearse
-            else [
-                (16, 64, 4, every, torch.float64),
-                (64, 512, 4, every[:1] + every[2:3], torch.float64),
-                (64, 512, 4, every[:1], torch.float32),
-            ]
-        )
-        items = [of("machine", about_machine, rehearse)]
-        items += [
-            of(
-                f"sampler {size}x{size} {str(dtype).removeprefix('torch.')}",
-                sampler,
-                size,
-                dim,
-                images,
-                cases,
-                dtype,
-                limit=45,
-            )
-            for size, dim, images, cases, dtype in sizes
-        ]
+        tiny = Sampled(8, 8, 2, CASES[1:3])
+        small, paper = Sampled(16, 64, 4, CASES), Sampled(64, 512, 4, CASES[:3:2])
+        exact = [tiny] if rehearse else [small]
+        late = [] if rehearse else [paper, replace(paper, cases=CASES[:1], dtype=torch.float32)]
+        items = [of("machine", about_machine, rehearse), of("scoring", scoring, rehearse, limit=20)]
+        items += [of(f"sampler {s}", sampler, s, limit=45) for s in exact]
         items += [of(f"precision {model}", precisions, model, rehearse, limit=45) for model in MODELS]
-        return items + [of("memory", memory, "paper", limit=40)]
+        return (
+            items + [of(f"sampler {s}", sampler, s, limit=45) for s in late] + [of("memory", memory, "paper", limit=40)]
+        )
 
     return [
         Lane("main", main),

@@ -13,20 +13,22 @@ from gpu_stage import write_json
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from faic.core import repo_root, runs_dir, short_hash, write_bytes
-from faic.study import results_folder
+from faic.core import Budget, repo_root, runs_dir, short_hash, write_bytes
+from faic.plots import read_evidence
+from faic.presets import MODELS
+from faic.study import PHASE_DAYS, results_folder
 
 STAGES = ("check", "speed", "train")
 
 
+def git(*words):
+    return subprocess.run(["git", "-C", str(repo_root()), *words], capture_output=True, text=True).stdout.strip()
+
+
 def commit():
     """The commit of this checkout, with a mark for local changes."""
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(repo_root()), *args], capture_output=True, text=True
-    ).stdout.strip()
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + (
-        "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + changes
 
 
 def safe_members(tar):
@@ -39,7 +41,7 @@ def safe_members(tar):
 
 
 def take_runs(file, target):
-    """Unpack runs beside those that are there; one that is there with other options is an error, one that is longer stays."""
+    """Unpack runs beside those that are there; a run that has more rows there stays as it is."""
     taken, kept = [], []
     with tarfile.open(file) as tar:
         contents = {m.name: tar.extractfile(m).read() for m in safe_members(tar)}
@@ -118,11 +120,10 @@ def table(report):
         "| item | seconds | found |",
         "|---|---|---|",
     ]
-    clean = lambda text: text.replace("|", "\\|").replace("\n", " ")
-    lines += [
-        f"| {r['name']} | {r['seconds']:.1f} | {'' if r['state'] == 'done' else r['state'] + ': '}{clean(r.get('line') or r.get('error') or '')} |"
-        for r in records
-    ]
+    for r in records:
+        state = "" if r["state"] == "done" else f"{r['state']}: "
+        what = (r.get("line") or r.get("error") or "").replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {r['name']} | {r['seconds']:.1f} | {state}{what} |")
     return "\n".join(lines) + "\n"
 
 
@@ -155,17 +156,21 @@ def collect(came, name):
         raise ValueError(
             f"{came} holds nothing that the stages write (check.json, speed.json, train.json, runs.tar.xz)"
         )
-    budgets = sorted(
-        {
-            json.loads((target / r / "options.json").read_text()).get("budget", "")
-            for r in found["runs"]
-            if r.startswith("phase1")
-        }
-        - {""}
-    )
-    print(
-        f"collect: {len(found['runs'])} runs and {len(found['times'])} of times into {target}, {len(found['weights'])} files of weights, tables: {', '.join(found['tables'])}"
-    )
-    for budget in budgets:
+    print(f"collect: {len(found['runs'])} runs and {len(found['times'])} of times into {target}")
+    print(f"collect: {len(found['weights'])} files of weights; tables: {', '.join(found['tables'])}")
+    options = [json.loads((target / r / "options.json").read_text()) for r in found["runs"]]
+    days = {o["phase"]: Budget.parse(o["budget"]) for o in options if o["phase"] in PHASE_DAYS and "budget" in o}
+    for budget in sorted({str(b * (1 / PHASE_DAYS[phase])) for phase, b in days.items()}):
+        found["evidence"] = evidence_of(name, budget, sorted({o["seed"] for o in options if o["phase"] == "phase2"}))
         print(f"collect: python -m faic.study notebook results -p preset gpu -p data {name} -p budget '{budget}'")
     return found
+
+
+def evidence_of(name, budget, seeds):
+    """How many of the runs `results` would use with this budget, and why not the others."""
+    days = str(Budget.parse(budget) * PHASE_DAYS["phase2"])
+    budgets = {(phase, m): b for m in MODELS for phase, b in (("phase1", budget), ("phase2", days))}
+    evidence = read_evidence("gpu", name, seeds[0], budgets, len(seeds))
+    used, left_out = len(evidence.all_runs()), [sentence for *_, sentence in evidence.left_out]
+    print(f"collect: with the budget {budget}, `results` uses {used} runs", *left_out, sep="\n  ")
+    return dict(used=used, left_out=left_out)

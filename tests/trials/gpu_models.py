@@ -1,4 +1,4 @@
-"""What the stages share: models of a preset with synthetic photographs, precisions, and presets shrunk for a rehearsal."""
+"""What the stages share: models with synthetic photographs, precisions, presets shrunk for a rehearsal."""
 
 import contextlib
 import tempfile
@@ -9,7 +9,7 @@ from throughput import make_trainer, photographs
 
 from faic.core import device_name, generator_for
 from faic.data import Batch
-from faic.presets import MODELS, PRESETS, make_trainee, model_options, parts_of
+from faic.presets import PRESETS, make_trainee, model_options, parts_of
 from faic.study import PHASE_DAYS
 from faic.train import day_batches, train_step
 
@@ -41,6 +41,7 @@ def shrink():
         PRESETS[preset] |= dict(changes=mine, sampling=dict(bbdm=dict(sample_steps=3)))
     PRESETS["gpu"] |= dict(scored=4)
     PHASE_DAYS["phase2"] = 2
+    PRECISIONS.pop("TF32", None)  # a CPU has none
 
 
 @contextlib.contextmanager

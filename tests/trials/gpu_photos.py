@@ -1,14 +1,17 @@
-"""Photographs on their way to a machine without network: chunks that together, or each alone, are split there as the whole folder is here.
+"""Photographs on their way to a machine without network, in chunks that are split there as the whole folder is here.
 
-A chunk holds, for every 18 training photographs, one of the validation and one of the test part of the whole folder. They keep their names,
-and with them their order, so that `load_photos` makes the same parts again: nothing that is scored there was trained on here or there.
-JPEGs of the right side travel as they are, without their headers, of which the chunk keeps one; other photographs become WebP.
+A chunk holds, for every 18 training photographs, one of the validation and one of the test part of the whole folder.
+They keep their names, and with them their order, so that `load_photos` makes the same parts of one chunk or of all:
+nothing that is scored there was trained on, here or there. JPEGs of the right side travel as they are, without their
+headers, of which the chunk keeps one of each kind; other photographs become WebP.
 """
 
 import io
 import json
+import os
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ TRAIN_TO_ONE = (
 PARTS = ("train", "validation", "test")
 CHUNK = 40 * 2**20  # bytes at most
 QUALITY = 92  # of WebP
+DECODED = 250  # photographs that a process decodes at a time
 COMPARED = 200  # recompressed photographs whose error is measured
 
 
@@ -58,7 +62,7 @@ def packed(path, side, quality):
 
 
 def chosen(photos, counts):
-    """Files of each part: not gray, of training the first ones in the study's order, of the others evenly spread ones."""
+    """Files that are not gray: the first ones of training, in the study's order, and evenly spread others."""
     found, manifest = {}, photos.manifest[photos.manifest["row"] >= 0].set_index("row")
     for part in PARTS:
         rows = manifest.loc[photos.parts[part]]
@@ -74,7 +78,7 @@ def chosen(photos, counts):
 
 
 def share(files, first, count):
-    """The photographs of a chunk: `count` of each scored part from number `first` on, and 18 times as many of training."""
+    """The photographs of a chunk: `count` of each scored part from `first` on, and 18 times as many to train on."""
     times = dict(train=TRAIN_TO_ONE, validation=1, test=1)
     return [f for part in PARTS for f in files[part][first * times[part] : (first + count) * times[part]]]
 
@@ -123,7 +127,7 @@ def recompression(root, files, side, quality):
 
 
 def pack(data, out, side, counts, sizes, quality=QUALITY):
-    """Write the chunks; what they hold is also in <out>/photos.json. `sizes` are the most bytes of each chunk; the last one's holds for more."""
+    """Write the chunks and <out>/photos.json; `sizes`: the most bytes of each chunk, the last one's of all others."""
     photos, out = load_photos(str(data), side), Path(out)
     files, root = chosen(photos, counts), Path(data).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -166,41 +170,60 @@ def pack(data, out, side, counts, sizes, quality=QUALITY):
     return found
 
 
+def cut(data, lengths):
+    """Bytes as pieces of these lengths."""
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    return [data[end - n : end] for n, end in zip(lengths.tolist(), ends)]
+
+
 def read_chunk(path):
     """(about, [(file, bytes of a file that Pillow opens)]) of a chunk."""
     with np.load(path, allow_pickle=False) as z:
         z = {k: z[k] for k in z.files}
     names = zlib.decompress(z["names"].tobytes()).decode(errors="surrogateescape").split("\n")
-    cut = lambda data, lengths: [
-        data[end - n : end] for n, end in zip(lengths.tolist(), np.cumsum(lengths, dtype=np.int64).tolist())
-    ]
     headers = cut(z["headers"].tobytes(), z["header_lengths"])
     bodies = cut(z["data"].tobytes(), z["lengths"])
     return json.loads(str(z["about"])), [(n, headers[h] + d) for n, h, d in zip(names, z["header"], bodies)]
 
 
-def read_some(folder, some, side):
-    """In a process of its own: write some photographs, and decode them."""
-    found = []
+def read_some(folder, pixels_file, first, some, side):
+    """In a process of its own: write some photographs, decode them into rows of a file, and describe them."""
+    rows, pixels = [], []
     for name, content in some:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        pixels, row = read_photo(path, side, name)
-        if pixels is None:
+        decoded, row = read_photo(path, side, name)
+        if decoded is None:
             raise ValueError(f"{name} of a chunk cannot be read: {row['status']}")
-        found.append((pixels.tobytes(), row | dict(size=len(content), modified=path.stat().st_mtime_ns)))
-    return found
+        rows.append(row | dict(row=first + len(rows), size=len(content), modified=path.stat().st_mtime_ns))
+        pixels.append(decoded.tobytes())
+    with open(pixels_file, "r+b") as f:
+        os.pwrite(f.fileno(), b"".join(pixels), first * 3 * side**2)
+    return rows
+
+
+def prepare(contents, files, side, photographs, prepared, pool):
+    """Decode photographs in many processes into a folder as `load_photos` prepares one."""
+    prepared.mkdir(parents=True, exist_ok=True)
+    part = prepared / "pixels.part"
+    with open(part, "wb") as f:
+        f.truncate(len(files) * 3 * side**2)
+    firsts = range(0, len(files), DECODED)
+    slices = [[(f, contents[f]) for f in files[first : first + DECODED]] for first in firsts]
+    parts = pool.map(partial(read_some, photographs, part), firsts, slices, [side] * len(slices))
+    rows = [row for some in parts for row in some]
+    os.replace(part, prepared / "pixels.u8")
+    write_bytes(prepared / "manifest.csv", pd.DataFrame(rows).to_csv(index=False).encode(errors="surrogateescape"))
 
 
 def unpack(chunks, folder, pool):
-    """Add chunks to the photographs below `folder`, and prepare all that are there: the folder to give as data, its photographs, and what it holds."""
+    """Add chunks to those in `folder` and prepare their photographs: the folder to give as data, the set, a summary."""
     folder = Path(folder)
     kept = folder / "chunks"
     kept.mkdir(parents=True, exist_ok=True)
     for chunk in map(Path, chunks):
-        if not (kept / chunk.name).exists():  # of an earlier command on the same machine
-            shutil.copyfile(chunk, kept / chunk.name)
+        shutil.copyfile(chunk, kept / chunk.name)
     found = sorted(kept.glob("photos-*.npz"))
     if not found:
         raise ValueError(f"no chunk of photographs: expected photos-1.npz, ... as `pack` writes them, or in {kept}")
@@ -212,28 +235,10 @@ def unpack(chunks, folder, pool):
     side, files = about["side"], shuffled(contents)
     prepared = runs_dir() / f"data-{about['name']}-{side}-{short_hash([about, files])}"
     if not (prepared / "manifest.csv").exists():
-        slices = [[(f, contents[f]) for f in files[i : i + 250]] for i in range(0, len(files), 250)]
-        rows = [
-            r
-            for some in pool.map(read_some, [folder / "photographs"] * len(slices), slices, [side] * len(slices))
-            for r in some
-        ]
-        prepared.mkdir(parents=True, exist_ok=True)
-        write_bytes(prepared / "pixels.u8", b"".join(p for p, _ in rows))
-        manifest = pd.DataFrame([r | dict(row=i) for i, (_, r) in enumerate(rows)])
-        write_bytes(prepared / "manifest.csv", manifest.to_csv(index=False).encode(errors="surrogateescape"))
+        prepare(contents, files, side, folder / "photographs", prepared, pool)
     photos = load_photos(str(prepared), side)
-    expected = {p: len(photos.parts[p]) for p in PARTS}
-    if expected["train"] != TRAIN_TO_ONE * expected["validation"] or expected["validation"] != expected["test"]:
-        raise ValueError(f"the parts are {expected}; a chunk is incomplete")
-    return (
-        prepared,
-        photos,
-        dict(
-            chunks=[f.name for f in found],
-            parts=expected,
-            fingerprint=photos.fingerprint,
-            lists=list_hashes(photos),
-            whole=about["whole"],
-        ),
-    )
+    parts = {p: len(photos.parts[p]) for p in PARTS}
+    if parts["train"] != TRAIN_TO_ONE * parts["validation"] or parts["validation"] != parts["test"]:
+        raise ValueError(f"the parts are {parts}; a chunk is incomplete")
+    summary = dict(chunks=[f.name for f in found], parts=parts, fingerprint=photos.fingerprint, whole=about["whole"])
+    return prepared, photos, summary | dict(lists=list_hashes(photos))

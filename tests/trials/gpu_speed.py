@@ -6,7 +6,6 @@ import time
 import numpy as np
 import torch
 from gpu_models import (
-    MODELS,
     PRECISIONS,
     generators,
     gray_images,
@@ -26,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import faic.coltran
 from faic.core import device_name, pick_device, provenance
 from faic.coltran import RowBuffers, draw_pixels, sampling_cost
-from faic.data import load_photos, ordered_batches
-from faic.presets import describe_sampling, make_colorizer, model_options, usual_sampling
+from faic.data import load_photos
+from faic.presets import MODELS, describe_sampling, make_colorizer, model_options, usual_sampling
 from faic.study import count_flop, matrix_rate, stages_of
 
 IMAGES = 512  # that each component works on, at least
@@ -59,7 +58,7 @@ def rates(device, rehearse, seconds):
 
 
 def clocked(f, device, calls, patience=math.inf):
-    """Seconds of a call after one to warm up: median, least, most, and how many calls were made before the patience was at an end."""
+    """Seconds of a call after one to warm up: median, least, most; and how many calls the patience allowed."""
     f()
     synchronize(device)
     times, began = [], time.monotonic()
@@ -72,7 +71,7 @@ def clocked(f, device, calls, patience=math.inf):
 
 
 def stage_flop(model, name, f):
-    """Floating-point operations of a stage for one image; the colorizer's by arithmetic, as it runs from a captured graph."""
+    """Floating-point operations of a stage for an image; the colorizer's by arithmetic, as it is a captured graph."""
     if (model, name) != ("coltran", "colorizer"):
         return count_flop(f)
     o = model_options("coltran", "paper")
@@ -86,7 +85,7 @@ def sampling(device, model, rehearse, best, seconds):
     size = 2 if rehearse else BATCHES[model]
     trainee, parts = untrained(model, "paper", device)
     gray, chosen = gray_images(model, "paper", size, device), usual_sampling(model, "paper")
-    rows, order = [], ("bfloat16", "TF32", "float32")  # the one that matters first
+    rows, order = [], [n for n in ("bfloat16", "TF32", "float32") if n in PRECISIONS]  # the one that matters first
     for k, name in enumerate(order):
         patience = math.inf if k == 0 else (seconds - (time.monotonic() - began)) * 0.4
         if patience < 1:
@@ -133,7 +132,8 @@ def sampling(device, model, rehearse, best, seconds):
     }
     run = inference_run(model, chosen, rows, device, best)
     each = ", ".join(
-        f"{r['stage']} {1e3 * r['seconds_per_image']:.3g} ms x {r['times']} ({100 * r['share_of_bfloat16']:.0f} % of the bfloat16 rate)"
+        f"{r['stage']} {1e3 * r['seconds_per_image']:.3g} ms x {r['times']} "
+        f"({100 * r['share_of_bfloat16']:.0f} % of the bfloat16 rate)"
         for r in rows
         if r["precision"] == order[0]
     )
@@ -153,7 +153,7 @@ def first_image(value):
 
 
 def inference_run(model, chosen, rows, device, best):
-    """The run that these times are, as the notebook of inference times makes it: options, provenance, rows of metrics."""
+    """The run that these times are, as the notebook inference_time makes it: options, provenance, metrics."""
     try:
         photos = load_photos(
             "embedded", model_options("pix2pix", "paper")["side"]
@@ -199,10 +199,9 @@ def inference_run(model, chosen, rows, device, best):
 def training(device, model, rehearse, best, seconds):
     """Photographs per second of training at the paper's size and batch, in each precision and memory format."""
     rows, flop, began = [], None, time.monotonic()
-    cases = [("bfloat16", False), ("float32", False), ("TF32", False)] + (
-        [("bfloat16", True), ("TF32", True)] if model != "coltran" else []
-    )
-    for name, last in cases[: 2 if rehearse else None]:
+    formats = (False,) if rehearse or model == "coltran" else (False, True)  # ColTran has no convolutions
+    cases = [(name, last) for last in formats for name in ("bfloat16", "float32", "TF32") if name in PRECISIONS]
+    for name, last in cases:
         if rows and time.monotonic() - began + rows[-1]["took"] > seconds:
             break
         start = time.monotonic()
@@ -234,37 +233,37 @@ def training(device, model, rehearse, best, seconds):
                 )
             )
             keep(rows=rows)
-    line = "; ".join(
-        f"{r['precision']}{', channels last' * r['channels_last']} {r['photographs_per_second']:.1f}/s ({100 * r['share_of_bfloat16']:.0f} %)"
-        for r in rows
-    )
+    names = [r["precision"] + (", channels last" if r["channels_last"] else "") for r in rows]
+    rates = [f"{r['photographs_per_second']:.1f}/s ({100 * r['share_of_bfloat16']:.0f} %)" for r in rows]
+    line = "; ".join(f"{name} {rate}" for name, rate in zip(names, rates))
     return dict(line=f"batch {rows[0]['batch_size']}, {flop / 1e9:.0f} GFLOP a photograph: {line}", rows=rows)
 
 
 def graphs(device, rehearse, seconds):
     """A row of ColTran's pixels, and a step of BBDM's U-Net: launched one by one, and as a captured graph."""
-    found = {}
-    batch = 2 if rehearse else 256
-    (trainee, _), times = untrained("coltran", "paper", device), 2 if rehearse else 10
+    found, times = {}, 2 if rehearse else 10
+    trainee, _ = untrained("coltran", "paper", device)
     with torch.no_grad():
-        s = RowBuffers(trainee.net, batch, 0.0)
-        found["coltran, a row"] = dict(eager=clocked(lambda: draw_pixels(s), device, times, seconds / 6)["seconds"])
-        if device.type == "cuda":
-            found["coltran, a row"]["graph"] = clocked(
-                faic.coltran._graph(lambda: draw_pixels(s), device), device, times
-            )["seconds"]
+        s = RowBuffers(trainee.net, 2 if rehearse else 256, 0.0)
+        found["coltran, a row"] = launched(lambda: draw_pixels(s), device, times, seconds / 6)
+        keep(seconds=found)
         for size in (1, 8) if rehearse else (1, 8, 64):
-            f = denoising(device, size, torch.bfloat16, True)
-            found[f"U-Net step, batch {size}"] = dict(eager=clocked(f, device, times, seconds / 6)["seconds"])
-            if device.type == "cuda":
-                found[f"U-Net step, batch {size}"]["graph"] = clocked(faic.coltran._graph(f, device), device, times)[
-                    "seconds"
-                ]
-    line = "; ".join(
-        f"{n}: {1e3 * t['eager']:.2f} ms" + (f", as a graph {1e3 * t['graph']:.2f}" if "graph" in t else "")
-        for n, t in found.items()
-    )
-    return dict(line=line, seconds=found)
+            step = denoising(device, size, torch.bfloat16, True)
+            found[f"U-Net step, batch {size}"] = launched(step, device, times, seconds / 6)
+    each = [f"{n}: {1e3 * t['eager']:.2f} ms, as a graph {t.get('graph', 'not tried')}" for n, t in found.items()]
+    return dict(line="; ".join(each), seconds=found)
+
+
+def launched(f, device, times, patience):
+    """Seconds of a call, and milliseconds of its replay as a graph, or why it cannot be captured."""
+    found = dict(eager=clocked(f, device, times, patience)["seconds"])
+    if device.type == "cuda":
+        try:
+            replay = faic.coltran._graph(f, device)
+            found["graph"] = f"{1e3 * clocked(replay, device, times)['seconds']:.2f} ms"
+        except RuntimeError as error:
+            found["graph"] = f"not captured: {str(error).splitlines()[0][:100]}"
+    return found
 
 
 def denoising(device, size, dtype, last):
@@ -331,14 +330,12 @@ def compiled(device, which, rehearse, seconds):
     synchronize(device)
     found["compiling"] = time.monotonic() - began
     found["compiled"] = clocked(g, device, times, seconds / 4)["seconds"] / size
-    return dict(
-        line=f"{1e3 * found['eager']:.3g} ms an image, compiled {1e3 * found['compiled']:.3g} ms, after {found['compiling']:.1f} s",
-        seconds=found,
-    )
+    line = f"{1e3 * found['eager']:.3g} ms an image, compiled {1e3 * found['compiled']:.3g} ms, "
+    return dict(line=line + f"after {found['compiling']:.1f} s", seconds=found)
 
 
 def lanes(device_text, rehearse):
-    """The lanes of the stage: one after the other, so that nothing else uses the GPU; compiling, which may take minutes, last."""
+    """The lanes of the stage, one after the other, as they are timed; compiling, which may take minutes, comes last."""
     device = pick_device("cpu") if rehearse else torch.device(device_text)
     if rehearse:
         shrink()

@@ -1,7 +1,7 @@
-"""Stages that cannot waste a machine's time: lanes of items, each item guarded, everything known after each of them on disk.
+"""Stages that cannot waste a machine's time: lanes of guarded items, and on disk whatever is known after each.
 
-A lane is a process that does its items one after the other. The parent touches no GPU, so it can end a lane that hangs and start another
-one for the items that are left. What is known of an item is in <out>/<stage>.json after it, whatever happens to the next one.
+A lane is a process that does its items one after the other. The parent touches no GPU, so it can end a lane that hangs
+and start another one for the items that are left. What was found is in <out>/<stage>.json after each item.
 """
 
 import gc
@@ -30,7 +30,7 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Item:
-    """A piece of a stage: a function of the seconds that it has, which returns what it found: a dict, with a sentence under 'line'."""
+    """A piece of a stage: a function of the seconds that it has; returns a dict, with a sentence under 'line'."""
 
     name: str
     work: Callable
@@ -122,14 +122,13 @@ def tidy():
 
 
 def show(stage, record):
-    what = record.get("line") or record.get("error") or ""
-    print(
-        f"{stage} {record['name']}: {record['state']}, {record['seconds']:.1f} s{': ' * bool(what)}{what}", flush=True
-    )
+    what = record.get("line") or record.get("error")
+    what = f": {what}" if what else ""
+    print(f"{stage} {record['name']}: {record['state']}, {record['seconds']:.1f} s{what}", flush=True)
 
 
 def work_lane(stage, lane, path, deadline):
-    """In a lane's own process: the items that have no record yet. Ends with 75 where the device is lost and another process can go on."""
+    """In a lane's own process: the items that have no record yet. 75 where another process must go on."""
     for item in lane.make():
         if any(r["name"] == item.name for r in lane.records):
             continue
@@ -197,7 +196,7 @@ def close_running(stage, lane, path, error):
 
 
 def supervise(stage, out, limit, lanes, about=None, changed=None):
-    """Run a stage's lanes for at most `limit` seconds; its report, which is also in <out>/<stage>.json. Calls `changed` when an item has ended."""
+    """Run a stage's lanes for at most `limit` seconds: its report. `changed` is called when an item begins or ends."""
     began, out = now(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     deadline, report = began + limit, out / f"{stage}.json"
@@ -248,7 +247,8 @@ def supervise(stage, out, limit, lanes, about=None, changed=None):
     shutil.rmtree(scratch)
     states = [r["state"] for lane in lanes for r in lane.records]
     print(
-        f"{stage}: {states.count('done')} of {len(states)} items done, {found['seconds']:.1f} s of {limit:.0f} s, {report}",
+        f"{stage}: {states.count('done')} of {len(states)} items done, "
+        f"{found['seconds']:.1f} s of {limit:.0f} s, {report}",
         flush=True,
     )
     return found

@@ -1,7 +1,7 @@
-"""Stage `train`: the whole study with the preset gpu, in days as long as the time allows; what it made comes back in a few files.
+"""Stage `train`: the whole study with the preset gpu, in days as long as the time allows.
 
-The GPU trains and colorizes; the statistics of an evaluation (two jackknifed Frechet distances of 1000 images take a core half a minute)
-are made by other processes meanwhile. Everything is a run as the notebooks make it, so that stopping and going on cost nothing.
+The GPU trains and colorizes. Other processes make the statistics of an evaluation meanwhile: two jackknifed Frechet
+distances of 1000 images take a core half a minute. Everything is a run as the notebooks make it.
 """
 
 import io
@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from gpu_models import MODELS, machine, shrink, synchronize, untrained
+from gpu_models import machine, shrink, synchronize, untrained
 from gpu_photos import unpack
 from gpu_stage import Item, Lane, keep, supervise, write_json
 from safetensors import safe_open
@@ -27,6 +27,7 @@ from faic.core import pick_device, read_json, read_runs, repeat_exactly, runs_di
 from faic.metrics import efficientnet_lite0, summarize
 from faic.plots import main_rows
 from faic.presets import (
+    MODELS,
     PAPER_FID,
     PAPER_WINNER,
     PRESETS,
@@ -62,14 +63,14 @@ LEAST = 10.0  # seconds of a day
 PART = 0.5  # of a day: what a component gets in each phase
 RUN = 2.0  # seconds for making a trainer and its files, until they are measured
 RESERVE = 30.0  # seconds at the end for the last scores and for packing
-FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all of them that come back
+FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all files that come back
 
 
 def statistics(per_image, fake, real, other, label, seed):
     """In a process of its own: a row of metrics, or half of one."""
     torch.set_num_threads(1)
-    tensors = lambda pair: None if pair is None else tuple(torch.from_numpy(x) for x in pair)
-    return summarize(per_image, tensors(fake), tensors(real), tensors(other), label, seed)
+    pairs = [pair and tuple(torch.from_numpy(x) for x in pair) for pair in (fake, real, other)]
+    return summarize(per_image, *pairs, label, seed)
 
 
 def baselines(phase, data):
@@ -80,7 +81,7 @@ def baselines(phase, data):
 
 
 class Study:
-    """What the items of the stage share: device, photographs, processes for statistics, and scores that are still being made."""
+    """What the items share: device, photographs, processes for statistics, scores that are still being made."""
 
     def __init__(self, device, chunks, work, rehearse, plan):
         self.device, self.chunks, self.work, self.rehearse, self.plan = device, chunks, Path(work), rehearse, plan
@@ -103,8 +104,7 @@ class Study:
 
     def later(self, per_image, fake, real, other, label, seed=0):
         """In place of `summarize`: the row is made by other processes, in halves."""
-        arrays = lambda pair: None if pair is None else tuple(x.numpy() for x in pair)
-        fake, real, other = arrays(fake), arrays(real), arrays(other)
+        fake, real, other = (pair and tuple(x.numpy() for x in pair) for pair in (fake, real, other))
         return dict(
             halves=[
                 self.pool.submit(statistics, per_image, fake, real, None, label, seed),
@@ -176,12 +176,13 @@ def photographs(study, seconds):
         features_of(photos, part, feature_net, study.device)
     study.baselines = [study.pool.submit(baselines, phase, study.data) for phase in ("phase1", "phase2")]
     counts = {p: len(rows) for p, rows in photos.parts.items()}
-    line = f"{counts['train']} to train on, {counts['validation']} and {counts['test']} to score, ready after {ready:.1f} s, fingerprint {photos.fingerprint}"
+    line = f"{counts['train']} to train on, {counts['validation']} and {counts['test']} to score, "
+    line += f"ready after {ready:.1f} s, fingerprint {photos.fingerprint}"
     return dict(line=line, machine=machine(study.device), counts=counts, **study.found)
 
 
 def measure_days(study, deadline, seconds):
-    """How long scoring takes, and from that and the time that is left how long a day is and how many variants each model gets."""
+    """How long scoring takes; from that and the time that is left, how long a day is, and how many variants."""
     photos, feature_net = study.place()
     scoring, few = {}, replace(
         photos,
@@ -193,7 +194,7 @@ def measure_days(study, deadline, seconds):
         colorize = make_colorizer(model, trainee, usual_sampling(model, PRESET), parts)
         plain, faic.study.summarize = faic.study.summarize, lambda *args: {}
         try:
-            for _ in range(2):  # once to warm up
+            for _ in range(1 if study.rehearse else 2):  # once to warm up
                 began = time.monotonic()
                 evaluate(
                     colorize,
@@ -223,14 +224,15 @@ def measure_days(study, deadline, seconds):
 
 
 def day_length(plan, scoring, left):
-    """Seconds of a day: the time that is left after scoring, shared by all days; fewer variants where it would be below LEAST."""
+    """Seconds of a day: what scoring leaves, shared by all days; fewer variants where a day would be too short."""
     least, most = plan["day"]
     for variants in plan["variants"]:
         days, other = 0.0, 0.0
         for model, s in scoring.items():
-            number = min(variants, len(PAPER_FID[model]))
-            days += number + PHASE_DAYS["phase2"] + PART * len(parts_of(model, preset=PRESET)) * (1 + bool(number))
-            other += number * (s + RUN) + PHASE_DAYS["phase2"] * s + RUN
+            number = min(variants, len(PAPER_FID[model])) if model in plan["phase1"] else 0
+            components, seeds = 2 * PART * len(parts_of(model, preset=PRESET)), len(plan["seeds"])
+            days += number + seeds * (PHASE_DAYS["phase2"] + components)
+            other += number * (s + RUN) + seeds * (PHASE_DAYS["phase2"] * s + RUN)
         seconds = 0.97 * (left - other) / days
         if seconds >= least:
             break
@@ -245,17 +247,22 @@ def variant(study, model, name, seconds):
     return train(study, model, "phase1", name, 0)
 
 
-def phase2(study, model, seed, seconds):
-    """Five days of the winner."""
+def phase2(study, model, seed, deadline, seconds):
+    """Five days of the winner; with a further seed only where the time reaches to their end."""
     study.add_rows()
     photos, _ = study.place()
-    name, why = study.plan["winners"].get(model), "as asked for"
-    if not name and study.plan["phase1"]:
+    known, plan = json.loads((study.work / "day.json").read_text()), study.plan
+    each = known["seconds"] + known["scoring"][model]
+    needs = PHASE_DAYS["phase2"] * each + 2 * PART * known["seconds"] * len(parts_of(model, preset=PRESET))
+    if seed != plan["seeds"][0] and deadline - RESERVE - time.monotonic() < needs:
+        return dict(line=f"not begun: it takes {needs:.0f} s")
+    name, why = plan["winners"].get(model), "as asked for"
+    if not name and model in plan["phase1"]:
         while any(r.options["model"] == model and r.options["phase"] == "phase1" for r, _, _ in study.pending):
             time.sleep(0.2)
             study.add_rows()
         name, why = phase1_winner(model, PRESET, 0, photos, str(day_budget(PRESET, study.budget())))
-    name = name or PAPER_WINNER[model]
+    name = name or winners().get(model) or PAPER_WINNER[model]
     return dict(variant=name, why=why) | train(study, model, "phase2", name, seed)
 
 
@@ -276,7 +283,9 @@ def train(study, model, phase, name, seed):
         keep(run=run.path.name, day=day, **work_done(weights))
     done = work_done(weights)
     seen = done["step"] * run.options["train"]["batch_size"]
-    line = f"{run.path.name}: {done['step']:,} steps, {seen:,} photographs in {done['training_seconds']:.1f} s ({seen / max(done['training_seconds'], 1e-9):.0f}/s), scoring {scoring:.1f} s"
+    rate = seen / max(done["training_seconds"], 1e-9)
+    line = f"{run.path.name}: {done['step']:,} steps, {seen:,} photographs in {done['training_seconds']:.1f} s "
+    line += f"({rate:.0f}/s), scoring {scoring:.1f} s"
     return dict(
         line=line + (f", components {waited:.1f} s" if parts else ""),
         run=run.path.name,
@@ -290,23 +299,6 @@ def set_part_budgets(study):
     """Components get a share of a day, however long that is."""
     share = f"{PART * study.day_seconds() / 3600:.4g} hours"
     PRESETS[PRESET] = PRESETS[PRESET] | dict(parts={part: (share, share) for part in PRESETS[PRESET]["parts"]})
-
-
-def further_seed(study, seed, deadline, seconds):
-    """Phase 2 again with another seed, as far as the time reaches: a model that would not end is not begun."""
-    lines, known = [], json.loads((study.work / "day.json").read_text())
-    for model in study.plan["models"]:
-        needs = (
-            PHASE_DAYS["phase2"] * (known["seconds"] + known["scoring"][model])
-            + RUN
-            + 2 * PART * known["seconds"] * len(parts_of(model, preset=PRESET))
-        )
-        if deadline - RESERVE - time.monotonic() < needs:
-            lines.append(f"{model} not begun: it takes {needs:.0f} s")
-            continue
-        lines.append(phase2(study, model, seed, seconds)["line"])
-        keep(lines=lines)
-    return dict(line="; ".join(lines))
 
 
 def scores(study, seconds):
@@ -349,18 +341,19 @@ def winners():
     }
 
 
-def lanes(device_text, rehearse, chunks, work, only, wanted, limit, seeds):
+def lanes(device_text, rehearse, chunks, work, limit, only="", wanted=None, seeds=(0,), day=0.0):
     """The lane of the stage."""
     device, deadline = pick_device("cpu") if rehearse else torch.device(device_text), time.monotonic() + limit
     if rehearse:
         shrink()
     else:
         PRESETS[PRESET] = PRESETS[PRESET] | dict(scored=SCORED)
-    plan = dict(models=MODELS, phase1=only != "phase2", winners=wanted, day=(LEAST, math.inf), variants=(4, 3, 2))
+    plan = dict(models=MODELS, phase1=MODELS, winners=wanted or {}, seeds=seeds, variants=(4, 3, 2))
+    plan |= dict(day=(day, day) if day else (LEAST, math.inf))
     if rehearse:
-        plan |= dict(day=(0.1, 0.1), variants=(2,))
-    if not plan["phase1"]:
-        plan |= dict(variants=(0,))
+        plan |= dict(day=(0.1, 0.1), variants=(2,), phase1=MODELS[:1])
+    if only == "phase2":
+        plan |= dict(variants=(0,), phase1=())
 
     def make():
         study = Study(device, chunks, work, rehearse, plan)
@@ -370,10 +363,8 @@ def lanes(device_text, rehearse, chunks, work, only, wanted, limit, seeds):
             return Item(name, lambda seconds: work(study, *args, seconds=seconds), limit, least, reserve)
 
         items = [of("photographs", photographs, limit=60), of("day", measure_days, deadline, limit=60)]
-        if plan["phase1"]:
-            items += [of(f"phase1 {m} {v}", variant, m, v) for m in MODELS for v in PAPER_FID[m]]
-        items += [of(f"phase2 {m}", phase2, m, 0, limit=480) for m in MODELS]
-        items += [of(f"phase2 seed {s}", further_seed, s, deadline, limit=480) for s in range(1, seeds)]
+        items += [of(f"phase1 {m} {v}", variant, m, v) for m in plan["phase1"] for v in PAPER_FID[m]]
+        items += [of(f"phase2 {m} seed {s}", phase2, m, s, deadline, limit=480) for s in seeds for m in MODELS]
         return items + [of("scores", scores, limit=60, reserve=0)]
 
     return [Lane("study", make)]
@@ -407,20 +398,20 @@ def half(path):
 
 
 def pack_weights(out, room):
-    """The last day's weights of each run of phase 2 and of its components, in half precision, as far as they fit; what was left out."""
+    """The last day's weights of phase 2 and of components in half precision, as far as they fit; what was left out."""
     runs = [
         r
         for r in read_runs(preset=PRESET)
         if r.options["phase"] in ("phase2", "part") and list(r.path.glob("day-*.safetensors"))
     ]
-    first = lambda r: (
-        r.options["seed"],
-        r.options.get("of") == "phase1",
-        MODELS[::-1].index(r.options["model"]) if r.options["model"] in MODELS else 0,
-    )
+
+    def rank(run):
+        o = run.options
+        return o["seed"], o.get("of") == "phase1", MODELS[::-1].index(o["model"]) if o["model"] in MODELS else 0
+
     stream, left = io.BytesIO(), []
     with tarfile.open(fileobj=stream, mode="w") as tar:
-        for run in sorted(runs, key=first):
+        for run in sorted(runs, key=rank):
             file = max(run.path.glob("day-*.safetensors"), key=lambda f: int(f.stem.split("-")[1]))
             content = half(file)
             if stream.tell() + len(content) + 4096 > room:
@@ -435,32 +426,27 @@ def pack_weights(out, room):
     return left
 
 
-def train_stage(out, device, rehearse, limit, chunks, work, only="", wanted=None, seeds=3):
-    """Run the stage and pack what it made; its report."""
+def train_stage(out, device, rehearse, limit, chunks, work, **plan):
+    """Run the stage and pack what it made; its report. `plan`: see lanes."""
     began, out, work = time.monotonic(), Path(out), Path(work)
     work.mkdir(parents=True, exist_ok=True)
     os.environ["FAIC_RUNS"] = str(work / "runs")
-    packed = [0.0]
+    packed, limit = [0.0], limit - min(20, limit / 10)
 
     def changed():
         if time.monotonic() - packed[0] > 20:
             packed[0] = time.monotonic()
             pack_runs(out)
 
-    report = supervise(
-        "train",
-        out,
-        limit - min(20, limit / 10),
-        lanes(device, rehearse, chunks, work, only, wanted or {}, limit - min(20, limit / 10), seeds),
-        changed=changed,
-    )
+    report = supervise("train", out, limit, lanes(device, rehearse, chunks, work, limit, **plan), changed=changed)
     size = pack_runs(out)
     left = pack_weights(out, BACK - size - 2**20)
     report |= dict(winners=winners(), weights_left_out=left, seconds_with_packing=round(time.monotonic() - began, 1))
     write_json(out / "train.json", report)
     files = {f.name: f.stat().st_size for f in sorted(out.iterdir()) if f.name.startswith(("runs", "weights", "train"))}
     print(
-        f"train: {', '.join(f'{n} {s / 2**20:.1f} MiB' for n, s in files.items())}; weights left out: {', '.join(left) or 'none'}; winners: {report['winners']}",
+        f"train: {', '.join(f'{n} {s / 2**20:.1f} MiB' for n, s in files.items())}; "
+        f"weights left out: {', '.join(left) or 'none'}; winners: {report['winners']}",
         flush=True,
     )
     return report
