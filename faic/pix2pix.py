@@ -197,9 +197,11 @@ def pix2pix_colorizer(
     G:UNet,
     batch_norm:str='image', # 'image' (official default) or 'running' (official --eval)
     dropout:float=.5, # rate, used with 'image' only
+    precision:str='float32', # or 'bfloat16'
 ):
     "The function colorize(gray, generator) of a trained generator."
     if batch_norm not in ('image', 'running'): raise ValueError(f"batch_norm is 'image' or 'running', got {batch_norm!r}")
+    if precision not in ('float32', 'bfloat16'): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
     per_image = batch_norm == 'image'
 
     @torch.no_grad()
@@ -212,7 +214,8 @@ def pix2pix_colorizer(
             if generator is None: generator = torch.Generator().manual_seed(0)
             masks = draw_masks(shapes, len(L), generator, dropout)
         was_training = G.training
-        ab = G.eval()(L, masks, per_image)
+        with torch.autocast(gray.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+            ab = at_least_float(G.eval()(L, masks, per_image))
         G.train(was_training)
         return lab_to_rgb(unscale_lab(L, ab))
     return colorize

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'VQGANS', 'LATENTS', 'MODELS', 'PARTS', 'VARIANTS', 'PAPER_FID', 'PAPER_WINNER', 'PRESETS', 'DAYS',
-           'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'day_budget', 'paper_work',
-           'part_budget', 'make_trainee', 'make_colorizer', 'usual_sampling', 'chosen_sampling', 'describe_sampling',
-           'upsamplers_of', 'official_folders', 'official_networks', 'official_name', 'given_first_stage', 'given_name',
-           'at_least', 'given', 'seed_or_empty', 'boolean', 'sample_steps', 'first_stage', 'notebook_parameters',
-           'variants_of']
+           'SAMPLING', 'UPSAMPLERS', 'PARAMETERS', 'parts_of', 'model_options', 'variant_changes', 'preset_precision',
+           'day_budget', 'paper_work', 'part_budget', 'make_trainee', 'make_colorizer', 'usual_sampling',
+           'chosen_sampling', 'describe_sampling', 'upsamplers_of', 'official_folders', 'official_networks',
+           'official_name', 'given_first_stage', 'given_name', 'at_least', 'given', 'seed_or_empty', 'boolean',
+           'sample_steps', 'first_stage', 'notebook_parameters', 'variants_of']
 
 # %% ../nbs/31_presets.ipynb #51f460f1
 import hashlib, math, re
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from .bbdm import BBDM, bbdm_colorizer
 from .coltran import ColTran, ColTranColor, ColTranSpatial, coltran_colorizer, official_colorizer, official_upsampler
-from .core import Budget, budget_or_empty, check_params, comma_list, one_of, short_hash, text, whole
+from .core import Budget, budget_or_empty, check_params, comma_list, has_bfloat16, one_of, pick_device, short_hash, text, whole
 from .layers import norm_groups
 from .pix2pix import Pix2Pix, pix2pix_colorizer
 from .plots import PAPER_TABLES, PAPER_WORK, usual_latent
@@ -116,15 +116,18 @@ PRESETS = {
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25, batch_size=2, lr=1e-3))),
     'laptop': dict(
         budget='0.1 hours', parts={'coltran_color': ('0.05 hours', '0.05 hours')} | _both('0.1 hours', '0.15 hours'), scored=500, further=[dict(latent='f4')],
-        sampling={'bbdm': dict(sample_steps=10)},
+        sampling={'bbdm': dict(sample_steps=10)}, precision='bfloat16',
         changes={'pix2pix': dict(side=64, load_side=72, width=32)} | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': dict(
-        budget='0.015 hours', parts={'coltran_color': ('0.01 hours', '0.01 hours')} | _both('0.015 hours'), further=[dict(latent='f4'), dict(latent='f4', first_stage='plain')],
-        sampling={'bbdm': dict(sample_steps=20)},
-        changes={'pix2pix': dict(side=64, load_side=72)} | _small_coltran(.99, {}, {})
-                | _small_bbdm(.99, dict(batch_size=32), dict(batch_size=16, lr=2e-4, codebook='data'))),
+        budget='0.0056 hours', parts={'coltran_color': ('0.003 hours', '0.003 hours')} | _both('0.01 hours'),
+        scored=1000, further=[dict(latent='f4'), dict(latent='f4', first_stage='plain')],
+        sampling={'bbdm': dict(sample_steps=20)}, precision='bfloat16',
+        changes={'pix2pix': dict(side=64, load_side=72, width=256, batch_size=32)}
+                | _small_coltran(.99, _narrow(256, 32), _narrow(128, 32))
+                | _small_bbdm(.99, dict(channels=96, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=32, lr=3e-4),
+                              dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': dict(
         budget='24 hours', parts={'coltran_color': ('800000 steps', '1200000 steps'), 'coltran_spatial': ('200000 steps', '300000 steps')} | _both('300000 steps'),
         changes={}),
@@ -141,9 +144,28 @@ def model_options(
     first_stage:str='', # of bbdm: '', 'plain' or a given file, whose latents are taken as they are
 )->dict: # network, data and training options, resolved
     "The paper's options with the changes of the preset, of bbdm's latent, and then of the variant."
-    options = PAPER[model] | PRESETS[preset]['changes'].get(model, {})
+    options = PAPER[model] | PRESETS[preset]['changes'].get(model, {}) | preset_precision(preset)
     if model == 'bbdm': options |= LATENTS[latent or usual_latent(preset)] | ({} if first_stage in ('', 'plain') else dict(normalize=False))
-    return options | ({} if variant == 'default' else VARIANTS[model][variant])
+    return options if variant == 'default' else options | variant_changes(model, options, variant)
+
+def variant_changes(
+    model:str, # one of MODELS
+    options:dict, # of its default variant in a preset
+    variant:str, # one of the model's VARIANTS
+)->dict: # the options that the variant changes
+    "A variant's changes; its batch size and learning rate keep the paper's ratio to the default's."
+    changes = dict(VARIANTS[model][variant])
+    for name in ('batch_size', 'lr'):
+        paper = PAPER[model][name]
+        if name in changes and options[name] != paper:
+            scaled = options[name]*changes[name]/paper
+            changes[name] = round(scaled) if name == 'batch_size' else float(f'{scaled:.4g}')
+    return changes
+
+def preset_precision(preset:str)->dict: # precision='bfloat16', or nothing for float32
+    "bfloat16 where the preset asks for it and this machine computes it natively."
+    wanted = PRESETS[preset].get('precision')
+    return dict(precision=wanted) if wanted == 'bfloat16' and has_bfloat16(pick_device()) else {}
 
 def day_budget(
     preset:str,
@@ -200,11 +222,12 @@ def make_colorizer(
     parts:dict={}, # name -> network, of the parts that the model needs; see parts_of
 ):
     "The function colorize(gray, generator) of a trained model."
-    if model == 'pix2pix': return pix2pix_colorizer(trainee.G, sampling['batch_norm'], trainee.dropout)
+    precision = sampling.get('precision', 'float32')
+    if model == 'pix2pix': return pix2pix_colorizer(trainee.G, sampling['batch_norm'], trainee.dropout, precision)
     if model == 'coltran':
-        return coltran_colorizer(trainee.net, parts['coltran_color'], parts.get('coltran_spatial'), sampling['temperature'], sampling['norm'], sampling.get('precision', 'float32'))
+        return coltran_colorizer(trainee.net, parts['coltran_color'], parts.get('coltran_spatial'), sampling['temperature'], sampling['norm'], precision)
     if model == 'bbdm':
-        return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=sampling.get('precision', 'float32'))
+        return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=precision)
     raise ValueError(f'model is one of {", ".join(MODELS)}, got {model!r}')
 
 # %% ../nbs/31_presets.ipynb #d5c822de
@@ -216,7 +239,7 @@ SAMPLING = { # see the models' notebooks
 
 def usual_sampling(model:str, preset:str)->dict:
     "How the tables sample a model."
-    return SAMPLING[model] | PRESETS[preset].get('sampling', {}).get(model, {})
+    return SAMPLING[model] | PRESETS[preset].get('sampling', {}).get(model, {}) | preset_precision(preset)
 
 def chosen_sampling(
     model:str,

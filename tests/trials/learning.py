@@ -1,0 +1,83 @@
+"""What a network learns in a given time or number of steps: trained on the photographs of phase 1, scored on validation photographs.
+
+    python tests/trials/learning.py FOLDER [--preset laptop] [--minutes 6 | --steps 1500] [--out learning.csv]
+        pix2pix 'coltran:dim=64;ff=64' 'bbdm:channels=48;precision=float32' ...
+
+Each item is a model with changed options. A line states the photographs seen, FID, chroma error and colorfulness; the same rows go into the
+CSV file. Runs lie in FAIC_RUNS; an item whose run is there already is not trained again. ColTran's color upsampler, which all its items
+share, is the preset's. `--scored` sets how many validation photographs are colorized.
+"""
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from faic.core import Budget, open_run
+from faic.metrics import efficientnet_lite0
+from faic.presets import PRESETS, model_options, usual_sampling
+from faic.study import data_options, evaluate_day, make_trainer, ready_parts, sample_rows, study_photos
+from faic.train import train_day
+
+COLUMNS = ("PSNR", "chroma error", "colourfulness")
+
+
+def value(text):
+    """A value of an option: JSON, or a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def item(text):
+    """'bbdm:channels=48;loss=l2' -> (model, changes); options are JSON values or words, ';' between them."""
+    model, _, changes = text.partition(":")
+    pairs = [p.split("=", 1) for p in changes.replace(";", "\n").splitlines() if p]
+    return model, {k: value(v) for k, v in pairs}
+
+
+def train_and_score(model, changes, args, photos, judge, device):
+    """A row: what was trained, on how many photographs, and its scores."""
+    options, sampling = model_options(model, args.preset) | changes, usual_sampling(model, args.preset)
+    budget = Budget(args.steps, "steps") if args.steps else Budget(args.minutes / 60, "hours")
+    run_options = dict(phase="phase1", model=model, variant="trial", preset=args.preset, seed=args.seed, data=data_options(photos, "phase1"), budget=str(budget), train=options)
+    run = open_run(run_options, device)
+    parts, sampling = ready_parts(model, "phase1", args.preset, args.seed, photos, sampling, judge, device)
+    began = time.monotonic()
+    weights = train_day(make_trainer(run, photos, "phase1", 1, device, parts=parts), 1)
+    trained = time.monotonic() - began
+    evaluate_day(run, 1, weights, photos, judge, sampling, device, parts)
+    scores = run.metrics().iloc[0]
+    fid = next(c for c in scores.index if c.startswith("FID (") and "unpaired" not in c and "interval" not in c and scores[c] == scores[c])
+    seen = int(scores["step"]) * options["batch_size"]
+    return dict(model=model, changes=json.dumps(changes), steps=int(scores["step"]), batch=options["batch_size"], photographs=seen,
+                training_seconds=round(float(scores["training_seconds"]), 1), wall=round(trained, 1), FID=round(float(scores[fid]), 1), **{c: round(float(scores[c]), 2) for c in COLUMNS})
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("items", nargs="+", type=item)
+    parser.add_argument("--preset", default="laptop", choices=tuple(PRESETS))
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--scored", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("learning.csv"))
+    args = parser.parse_args(words)
+    device, judge = torch.device("cpu"), efficientnet_lite0()
+    photos = study_photos(args.data, args.preset)
+    few = {p: photos.parts[p][sample_rows(len(photos.parts[p]), args.scored)] for p in ("validation", "test")}
+    photos = replace(photos, parts=photos.parts | few)
+    for model, changes in args.items:
+        row = train_and_score(model, changes, args, photos, judge, device)
+        print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        pd.DataFrame([row]).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
+
+
+if __name__ == "__main__":
+    main()
