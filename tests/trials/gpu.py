@@ -24,6 +24,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for GPUs must not keep forked processes from them
 
 LIMITS = dict(check=150, speed=150, train=500)
+ROOM = 40 * 2**30  # bytes of memory that the runs of a study may take
 STAGES = ("pack", "check", "speed", "train", "collect")
 
 
@@ -56,7 +57,7 @@ def parse(words):
     p.add_argument(
         "--work",
         type=Path,
-        default=Path(tempfile.gettempdir()) / "faic-gpu",
+        default=work_folder(),
         help="of train: what stays on the machine between two commands",
     )
     p.add_argument("--only", default="", choices=("", "phase2"), help="of train: no phase 1, so that days are longer")
@@ -91,6 +92,14 @@ def parse(words):
     if ({"pack", "collect"} & set(options.stages)) and not options.folder and not options.rehearse:
         p.error(f"{options.stages[0]} needs a folder, e.g. gpu.py {options.stages[0]} /my/photographs")
     return options
+
+
+def work_folder():
+    """Where a machine keeps what it works on: in memory where there is much, as large weights wait for a disk."""
+    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
+    found = [folder / "faic-gpu" for folder in (memory, disk) if (folder / "faic-gpu").exists()]
+    roomy = memory.exists() and shutil.disk_usage(memory).free > ROOM
+    return found[0] if found else (memory if roomy else disk) / "faic-gpu"
 
 
 def pairs(text):

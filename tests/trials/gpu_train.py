@@ -4,6 +4,7 @@ The GPU trains and colorizes. Other processes make the statistics of an evaluati
 distances of 1000 images take a core half a minute. Everything is a run as the notebooks make it.
 """
 
+import copy
 import io
 import json
 import math
@@ -16,14 +17,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from gpu_models import machine, shrink, synchronize, untrained
+from gpu_models import machine, precision, shrink, synchronize, untrained
 from gpu_photos import unpack
 from gpu_stage import Item, Lane, keep, supervise, write_json
 from safetensors import safe_open
 from safetensors.torch import save
 
 import faic.study
-from faic.core import pick_device, read_json, read_runs, repeat_exactly, runs_dir
+import faic.train
+from faic.core import pick_device, read_json, read_runs, repeat_exactly, runs_dir, write_bytes
 from faic.metrics import efficientnet_lite0, summarize
 from faic.plots import main_rows
 from faic.presets import (
@@ -61,7 +63,7 @@ TOGETHER = 250  # photographs that are colorized together when they are scored
 SCORED = 1000  # photographs of a part
 LEAST = 10.0  # seconds of a day
 PART = 0.5  # of a day: what a component gets in each phase
-RUN = 2.0  # seconds for making a trainer and its files, until they are measured
+RUN = 1.0  # seconds of a run for what is not measured: its files, its lists
 RESERVE = 30.0  # seconds at the end for the last scores and for packing
 FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all files that come back
 
@@ -80,6 +82,26 @@ def baselines(phase, data):
     run_baselines(phase, PRESET, study_photos(data, PRESET), efficientnet_lite0(cpu), cpu)
 
 
+def in_float32(look):
+    """A feature network's function without TF32, so that scores do not depend on the device."""
+
+    def exactly(rgb):
+        with precision("float32"):
+            return look(rgb)
+
+    return exactly
+
+
+def saves_components(save):
+    """Checkpoints of components only, which phase 2 trains on: a large network's take as long as its day."""
+
+    def save_some(trainer):
+        if trainer.run.options["phase"] == "part":
+            save(trainer)
+
+    return save_some
+
+
 class Study:
     """What the items share: device, photographs, processes for statistics, scores that are still being made."""
 
@@ -90,6 +112,7 @@ class Study:
         self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"))
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
         faic.study.summarize = self.later
+        faic.train.save_checkpoint = saves_components(faic.train.save_checkpoint)
         faic.study.at_a_time = lambda options, device: TOGETHER if device.type == "cuda" else 10
 
     def place(self):
@@ -99,6 +122,7 @@ class Study:
             prepared, _, found = unpack(self.chunks, self.work / "photographs", self.pool)
             photos = study_photos(str(prepared), PRESET)
             feature_net = efficientnet_lite0(self.device)
+            feature_net.forward = in_float32(feature_net.forward)
             self.loaded, self.data, self.found = (photos, feature_net), str(prepared), found
         return self.loaded
 
@@ -118,27 +142,19 @@ class Study:
     def budget(self):
         return f"{self.day_seconds() / 3600:.4g} hours"
 
-    def score(self, run, day, weights, sampling, parts):
-        """Colorize and look at the answers now; the row is added when its statistics are made."""
-        photos, feature_net = self.place()
-        trainee = load_weights(
-            make_trainee(run.options["model"], run.options["train"], parts=parts), weights, self.device
-        )
+    def score(self, run, day, weights, sampling, parts, trainee):
+        """Colorize with a copy of a trainee and look at the answers; the row is added when its statistics are made."""
         missing = unscored(run, trainee, day, sampling)
         if not missing:
             return 0.0
         began, o = time.monotonic(), run.options
-        colorize = make_colorizer(o["model"], trainee, sampling, parts)
+        photos, feature_net = self.place()
+        twin = load_weights(copy.deepcopy(trainee), weights, self.device)
+        colorize = make_colorizer(o["model"], twin, sampling, parts)
+        gray = twin.gray_kind, twin.copies_lightness
+        together = faic.study.at_a_time(o, self.device)
         rows, samples = evaluate(
-            colorize,
-            photos,
-            EVALUATED[o["phase"]],
-            feature_net,
-            trainee.gray_kind,
-            trainee.copies_lightness,
-            o["seed"],
-            self.device,
-            faic.study.at_a_time(o, self.device),
+            colorize, photos, EVALUATED[o["phase"]], feature_net, *gray, o["seed"], self.device, together
         )
         keep_samples(run, samples, day, describe_sampling(sampling))
         for lightness in missing:
@@ -182,48 +198,45 @@ def photographs(study, seconds):
 
 
 def measure_days(study, deadline, seconds):
-    """How long scoring takes; from that and the time that is left, how long a day is, and how many variants."""
+    """How long scoring and saving take; from that and the time left, how long a day is, and how many variants."""
     photos, feature_net = study.place()
-    scoring, few = {}, replace(
-        photos,
-        parts=photos.parts
-        | {p: photos.parts[p][sample_rows(len(photos.parts[p]), TOGETHER)] for p in ("validation", "test")},
-    )
-    for model in study.plan["models"]:
-        trainee, parts = untrained(model, PRESET, study.device)
-        colorize = make_colorizer(model, trainee, usual_sampling(model, PRESET), parts)
-        plain, faic.study.summarize = faic.study.summarize, lambda *args: {}
-        try:
+    parts = {p: photos.parts[p][sample_rows(len(photos.parts[p]), TOGETHER)] for p in ("validation", "test")}
+    few, scoring, making = replace(photos, parts=photos.parts | parts), {}, {}
+    times = len(photos.parts["validation"]) / len(parts["validation"])
+    plain, faic.study.summarize = faic.study.summarize, lambda *args: {}
+    try:
+        for model in study.plan["models"]:
+            began = time.monotonic()
+            trainee, components = untrained(model, PRESET, study.device)
+            making[model] = time.monotonic() - began
+            colorize = make_colorizer(model, trainee, usual_sampling(model, PRESET), components)
+            gray = trainee.gray_kind, trainee.copies_lightness
             for _ in range(1 if study.rehearse else 2):  # once to warm up
                 began = time.monotonic()
-                evaluate(
-                    colorize,
-                    few,
-                    "validation",
-                    feature_net,
-                    trainee.gray_kind,
-                    trainee.copies_lightness,
-                    0,
-                    study.device,
-                    TOGETHER,
-                )
+                evaluate(colorize, few, "validation", feature_net, *gray, 0, study.device, TOGETHER)
                 synchronize(study.device)
-                scoring[model] = (
-                    (time.monotonic() - began) * len(photos.parts["validation"]) / len(few.parts["validation"])
-                )
-        finally:
-            faic.study.summarize = plain
+                scoring[model] = (time.monotonic() - began) * times
+            scoring[model] += 2 * writing(trainee, study.work / "weights")  # and reading
+    finally:
+        faic.study.summarize = plain
     left = deadline - time.monotonic() - RESERVE
-    found = dict(day_length(study.plan, scoring, left), scoring=scoring)
+    found = dict(day_length(study.plan, scoring, making, left), scoring=scoring, making=making)
     write_json(study.work / "day.json", found)
-    line = f"{found['seconds']:.1f} s a day, {found['variants']} variants a model" + (
-        " (less than wanted: too little time)" if found["short"] else ""
-    )
-    line += "; scoring takes " + ", ".join(f"{m} {s:.1f} s" for m, s in scoring.items())
-    return dict(line=line, left=left, **found)
+    short = " (less than wanted: too little time)" if found["short"] else ""
+    line = f"{found['seconds']:.1f} s a day, {found['variants']} variants a model{short}; scoring and saving take "
+    return dict(line=line + ", ".join(f"{m} {s:.1f} s" for m, s in scoring.items()), left=left, **found)
 
 
-def day_length(plan, scoring, left):
+def writing(trainee, path):
+    """Seconds for writing the weights of a day."""
+    began = time.monotonic()
+    weights = {f"{n}.{k}": v.contiguous() for n, net in trainee.parts().items() for k, v in net.state_dict().items()}
+    write_bytes(path, save(weights))
+    path.unlink()
+    return time.monotonic() - began
+
+
+def day_length(plan, scoring, making, left):
     """Seconds of a day: what scoring leaves, shared by all days; fewer variants where a day would be too short."""
     least, most = plan["day"]
     for variants in plan["variants"]:
@@ -232,7 +245,7 @@ def day_length(plan, scoring, left):
             number = min(variants, len(PAPER_FID[model])) if model in plan["phase1"] else 0
             components, seeds = 2 * PART * len(parts_of(model, preset=PRESET)), len(plan["seeds"])
             days += number + seeds * (PHASE_DAYS["phase2"] + components)
-            other += number * (s + RUN) + seeds * (PHASE_DAYS["phase2"] * s + RUN)
+            other += (number + seeds) * (making[model] + RUN) + (number + seeds * PHASE_DAYS["phase2"]) * s
         seconds = 0.97 * (left - other) / days
         if seconds >= least:
             break
@@ -278,7 +291,7 @@ def train(study, model, phase, name, seed):
     trainer, scoring = make_trainer(run, photos, phase, PHASE_DAYS[phase], study.device, parts=parts), 0.0
     for day in range(1, PHASE_DAYS[phase] + 1):
         weights = train_day(trainer, day)
-        scoring += study.score(run, day, weights, sampling, parts)
+        scoring += study.score(run, day, weights, sampling, parts, trainer.trainee)
         study.add_rows()
         keep(run=run.path.name, day=day, **work_done(weights))
     done = work_done(weights)
@@ -303,17 +316,17 @@ def set_part_budgets(study):
 
 def scores(study, seconds):
     """Wait for all statistics; score what a broken process left unscored."""
-    for run in [
-        r for r in read_runs(preset=PRESET) if r.options["phase"] in ("phase1", "phase2") and "train" in r.options
-    ]:
-        set_part_budgets(study)
-        for file in sorted(run.path.glob("day-*.safetensors")):
-            day = int(file.stem.split("-")[1])
-            waiting = any(r.path == run.path and head["day"] == day for r, head, _ in study.pending)
-            if waiting or day in set(run.metrics().get("day", [])):
-                continue
-            parts, sampling = study.parts(run.options["model"], run.options["phase"], run.options["seed"])
-            study.score(run, day, file, sampling, parts)
+    set_part_budgets(study)
+    for run in [r for r in read_runs(preset=PRESET) if r.options["phase"] in PHASE_DAYS and "train" in r.options]:
+        o, known = run.options, set(run.metrics().get("day", []))
+        known |= {head["day"] for r, head, _ in study.pending if r.path == run.path}
+        files = {int(f.stem.split("-")[1]): f for f in run.path.glob("day-*.safetensors")}
+        ours = o["budget"] == str(day_budget(PRESET, study.budget()) * PHASE_DAYS[o["phase"]])
+        if ours and files.keys() - known:
+            parts, sampling = study.parts(o["model"], o["phase"], o["seed"])
+            trainee = make_trainee(o["model"], o["train"], parts=parts)
+            for day in sorted(files.keys() - known):
+                study.score(run, day, files[day], sampling, parts, trainee)
     study.add_rows(wait=True)
     for task in getattr(study, "baselines", []):
         task.result()
@@ -413,10 +426,11 @@ def pack_weights(out, room):
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for run in sorted(runs, key=rank):
             file = max(run.path.glob("day-*.safetensors"), key=lambda f: int(f.stem.split("-")[1]))
-            content = half(file)
-            if stream.tell() + len(content) + 4096 > room:
-                left.append(f"{run.path.name}: {len(content) / 2**20:.0f} MiB")
+            size = file.stat().st_size // 2  # nearly: all numbers are floats
+            if stream.tell() + size + 2**16 > room:
+                left.append(f"{run.path.name}: {size / 2**20:.0f} MiB")
                 continue
+            content = half(file)
             info = tarfile.TarInfo(f"{run.path.name}/{file.name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
