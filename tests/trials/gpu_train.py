@@ -223,7 +223,7 @@ def measure_days(study, deadline, seconds):
     found = dict(day_length(study.plan, scoring, making, left), scoring=scoring, making=making)
     write_json(study.work / "day.json", found)
     short = " (less than wanted: too little time)" if found["short"] else ""
-    line = f"{found['seconds']:.1f} s a day, {found['variants']} variants a model{short}; scoring and saving take "
+    line = f"{found['seconds']:g} s a day, {found['variants']} variants a model{short}; scoring and saving take "
     return dict(line=line + ", ".join(f"{m} {s:.1f} s" for m, s in scoring.items()), left=left, **found)
 
 
