@@ -68,16 +68,20 @@ RESERVE = 30.0  # seconds at the end for the last scores and for packing
 FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all files that come back
 
 
+def without_gpu():
+    """For processes that only compute on the CPU, a core each."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
 def statistics(per_image, fake, real, other, label, seed):
     """In a process of its own: a row of metrics, or half of one."""
-    torch.set_num_threads(1)
     pairs = [pair and tuple(torch.from_numpy(x) for x in pair) for pair in (fake, real, other)]
     return summarize(per_image, *pairs, label, seed)
 
 
 def baselines(phase, data):
     """In a process of its own: score the gray image and the real photographs, on the CPU."""
-    torch.set_num_threads(1)
     cpu = pick_device("cpu")
     run_baselines(phase, PRESET, study_photos(data, PRESET), efficientnet_lite0(cpu), cpu)
 
@@ -109,7 +113,7 @@ class Study:
         self.device, self.chunks, self.work, self.rehearse, self.plan = device, chunks, Path(work), rehearse, plan
         self.pending, self.loaded = [], None
         cores = len(os.sched_getaffinity(0))
-        self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"))
+        self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"), initializer=without_gpu)
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
         faic.study.summarize = self.later
         faic.train.save_checkpoint = saves_components(faic.train.save_checkpoint)
