@@ -362,7 +362,7 @@ def test_skipped_steps_read_no_image(embedded):
     class Counting(np.ndarray):
         reads = 0
         def __getitem__(self, key):
-            if isinstance(key, tuple) and isinstance(key[0], np.integer): Counting.reads += 1 # a photograph, not a part of its pixels
+            if isinstance(key, tuple) and isinstance(key[0], int): Counting.reads += 1 # a photograph, not a part of its pixels
             return super().__getitem__(key)
     array = embedded.array[:20].view(Counting)
     next(training_batches(array, np.arange(20), 4, seed=0, crop=32, start_step=10**9))

@@ -28,7 +28,7 @@ from faic.coltran import (AVERAGE, Colorizer, ColTran, Conditions, RowBuffers, U
 from faic.core import Budget, Run
 from faic.layers import UNet, timestep_embedding
 from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, official_names, unet_of
-from faic.train import Trainer, official_linear, train_step
+from faic.train import Trainer, official_linear, settle, train_step
 from faic.vqgan import VQModel, ldm_model, load_ldm, read_safely, save_ldm, sizes_of
 
 TESTS = Path(__file__).parent
@@ -1020,4 +1020,5 @@ def test_bbdm_learning_rates(bbdm, tmp_path):
     for loss, rate in zip(losses, golden):
         train_step(trainer, dict(index=torch.arange(1), loss=loss))
         trainer.step += 1
+        settle(trainer, "net")
         assert trainer.optimizers["net"].param_groups[0]["lr"] == rate
