@@ -1020,5 +1020,5 @@ def test_bbdm_learning_rates(bbdm, tmp_path):
     for loss, rate in zip(losses, golden):
         train_step(trainer, dict(index=torch.arange(1), loss=loss))
         trainer.step += 1
-        settle(trainer, "net")
+        settle(trainer, "net")  # the plateau sees the loss at the latest before the next step
         assert trainer.optimizers["net"].param_groups[0]["lr"] == rate

@@ -107,8 +107,9 @@ def gray_images(model, preset, count, device):
     return Batch(torch.arange(count), pixels, kind)["gray"].to(device)
 
 
-def generators(count):
-    return [generator_for(0, "evaluate", i) for i in range(count)]
+def generators(count, device="cpu"):
+    """A generator for each image, of numbers that are drawn on this device."""
+    return [generator_for(0, "evaluate", i, device=device) for i in range(count)]
 
 
 def machine(device):

@@ -97,7 +97,7 @@ def sampling(device, model, rehearse, best, seconds):
                 made, given = [], before
 
                 def work(f=f, given=given, made=made):
-                    made[:] = [f(gray, given, generators(size))]
+                    made[:] = [f(gray, given, generators(size, device))]
 
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
@@ -105,7 +105,7 @@ def sampling(device, model, rehearse, best, seconds):
                 times = getattr(colorize, "times", {}).get(stage, 1)
                 one = first_image(given)
                 flop = next((r["flop"] for r in rows if r["stage"] == stage), None) or stage_flop(
-                    model, stage, lambda f=f, one=one: f(gray[:1], one, generators(1))
+                    model, stage, lambda f=f, one=one: f(gray[:1], one, generators(1, device))
                 )
                 each = timed["seconds"] / size
                 rows.append(

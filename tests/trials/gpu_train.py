@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 import faic.study
 import faic.train
-from faic.core import pick_device, read_json, read_runs, repeat_exactly, runs_dir, write_bytes
+from faic.core import generator_for, pick_device, read_json, read_runs, repeat_exactly, runs_dir, write_bytes
 from faic.metrics import efficientnet_lite0, summarize
 from faic.plots import main_rows
 from faic.presets import (
@@ -106,6 +106,15 @@ def saves_components(save):
     return save_some
 
 
+def numbers_on(device):
+    """`generator_for`, but the numbers of an evaluation are drawn on the device: ColTran's take a CPU longer than the rest."""
+
+    def make(*names, **where):
+        return generator_for(*names, **(dict(device=device) if names[1:2] == ("evaluate",) else where))
+
+    return make
+
+
 class Study:
     """What the items share: device, photographs, processes for statistics, scores that are still being made."""
 
@@ -116,6 +125,7 @@ class Study:
         self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"), initializer=without_gpu)
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
         faic.study.summarize = self.later
+        faic.study.generator_for = numbers_on(device)
         faic.train.save_checkpoint = saves_components(faic.train.save_checkpoint)
         faic.study.at_a_time = lambda options, device: TOGETHER if device.type == "cuda" else 10
 
