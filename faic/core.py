@@ -120,10 +120,11 @@ class BatchGenerator:
 def drawn(
     kind, # torch.rand, torch.randn, or a function that takes the same arguments
     shape:tuple, # (B,...)
-    generator, # a torch.Generator (None: torch's own) for all images, a list with one for each, or a BatchGenerator
+    generator, # a torch.Generator (None: torch's own) for all images, one for each in a list, or a BatchGenerator
 )->torch.Tensor: # of this shape, on the generator's device
     "Random numbers for a batch of images."
-    if isinstance(generator, BatchGenerator): return drawn(kind, (generator.images, *shape[1:]), generator.generator)[generator.rows]
+    if isinstance(generator, BatchGenerator):
+        return drawn(kind, (generator.images, *shape[1:]), generator.generator)[generator.rows]
     if not isinstance(generator, (list, tuple)): return kind(shape, generator=generator, device=generator.device if generator else None)
     return torch.stack([kind(shape[1:], generator=g, device=g.device) for g in generator])
 
@@ -219,11 +220,11 @@ def usable_cores()->list: # their numbers
     "The cores that this process may use."
     return sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(range(os.cpu_count() or 1))
 
-def _busy_seconds(cores): # of all processes but the patient ones (nice), and of the machine's host; None where nobody knows
-    file, ticks = Path('/proc/stat'), 0
+def _busy_seconds(cores): # of all processes but patient ones (nice), and of the machine's host; None where nobody knows
+    file, ticks, fields = Path('/proc/stat'), 0, (1, 3, 6, 7, 8) # user, system, irq, softirq, steal
     if not file.exists(): return None
-    for name, *fields in map(str.split, file.read_text().splitlines()):
-        if name.removeprefix('cpu') in map(str, cores): ticks += sum(int(fields[i]) for i in (0, 2, 5, 6, 7)) # user, system, irq, softirq, steal
+    for words in map(str.split, file.read_text().splitlines()):
+        if words[0].removeprefix('cpu') in map(str, cores): ticks += sum(int(words[i]) for i in fields)
     return ticks/os.sysconf('SC_CLK_TCK')
 
 def busy_cores(
@@ -248,7 +249,8 @@ _THREADS = {USUAL_THREADS} # numbers that the user did not choose
 
 def set_threads(number:int=USUAL_THREADS)->bool: # was it set?
     "Use this number of threads from now on, unless the user has chosen one."
-    if {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & os.environ.keys() or torch.get_num_threads() not in _THREADS: return False
+    if {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & os.environ.keys(): return False
+    if torch.get_num_threads() not in _THREADS: return False
     _THREADS.add(number)
     torch.set_num_threads(number)
     return True
@@ -259,7 +261,8 @@ def leave_busy_cores()->bool: # are there fewer threads than usual?
     free, cores = free_cores(), len(usable_cores())
     if free >= USUAL_THREADS: return False
     set_threads(free)
-    print(f'Other work keeps {cores - free} of {cores} cores busy: training uses {free} threads, not {USUAL_THREADS}. OMP_NUM_THREADS sets another number.')
+    print(f'Other work keeps {cores - free} of {cores} cores busy: training uses {free} of {USUAL_THREADS} threads. '
+          'OMP_NUM_THREADS sets another number.')
     return True
 
 # %% ../nbs/00_core.ipynb #826a04bd
@@ -268,7 +271,7 @@ def repeat_exactly(device:torch.device):
     if device.type != 'cuda': return
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when the GPU is first used
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False # which costs a kernel a tensor, and hides nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = False # it costs a kernel a tensor
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 # %% ../nbs/00_core.ipynb #38cff83c

@@ -584,7 +584,8 @@ class Batch(Mapping):
     def __getitem__(self, key):
         if key == 'gray' and self._made[key] is None:
             rgb = self._made['rgb']
-            with torch.autocast(rgb.device.type, enabled=False): self._made[key] = luma(rgb.mul(255).round_().to(torch.uint8), self._gray_kind)
+            with torch.autocast(rgb.device.type, enabled=False): # which would round it
+                self._made[key] = luma(rgb.mul(255).round_().to(torch.uint8), self._gray_kind)
         return self._made[key]
 
     def __iter__(self): return iter(self._made)
@@ -616,7 +617,7 @@ def _batches(
                 ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, 1))
                 rows, index = map(torch.from_numpy, ahead.popleft().result())
                 if torch.device(device).type == 'cuda': rows = rows.pin_memory() # then nobody waits for the copy
-                yield make(index, rows.to(device, non_blocking=True)) # the index is for the host: it names random numbers
+                yield make(index, rows.to(device, non_blocking=True)) # the index is for the host
         finally:
             for later in ahead: later.cancel()
 
@@ -663,9 +664,11 @@ def resident(
     share:float=.4, # of the free memory that it may take
 ): # a tensor on the device, or the array as it is
     "A whole array on a GPU, where it fits; else, and for a CPU, it stays where it is."
-    if device.type != 'cuda' or isinstance(array, torch.Tensor) or array.nbytes > share*torch.cuda.mem_get_info(device)[0]: return array
+    if device.type != 'cuda' or isinstance(array, torch.Tensor): return array
+    if array.nbytes > share*torch.cuda.mem_get_info(device)[0]: return array
     there = torch.empty(array.shape, dtype=torch.tensor(array[:1]).dtype, device=device)
-    for start in range(0, len(array), 4096): there[start:start+4096] = torch.tensor(array[start:start+4096]) # which copies: a memory map may be read-only
+    for start in range(0, len(array), 4096):
+        there[start:start+4096] = torch.tensor(array[start:start+4096]) # a copy, because a memory map may be read-only
     return there
 
 def crops_of(
@@ -704,7 +707,7 @@ def training_batches(
     def cut(draw):
         places = _places(draw, share)*(1, 1, 1, flip)
         if there: return places, indices[places[:, 0]]
-        pixels = buffers[draw[0] % len(buffers), :len(places)] # in the others are the batch before and those that are being cut
+        pixels = buffers[draw[0] % len(buffers), :len(places)] # the others hold the batch before and those being cut
         for out, (i, top, left, mirrored) in zip(pixels, places.tolist()):
             out[...] = array[i, top:top+crop, left:left+crop].transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
         return pixels, indices[places[:, 0]]
@@ -713,7 +716,7 @@ def training_batches(
 
 # %% ../nbs/02_data.ipynb #dee4b721
 def latent_batches(
-    latents, # (n,1,...), or (n,2,...) where the second is that of the mirrored photograph; of NumPy, or a tensor on the device
+    latents, # (n,1,...), or (n,2,...), the second of the mirrored photograph; of NumPy, or a tensor on the device
     indices:np.ndarray, # (n,): row i is of photo indices[i]
     batch_size:int,
     seed:int, # of the order and the mirrors

@@ -139,7 +139,7 @@ def gan_loss(
     real:bool, # the target
     mode:str='vanilla', # 'vanilla', 'lsgan' or 'wgangp'
 )->Tensor: # scalar
-    "How far the logits are from saying `real`, averaged over patches and images; in float32 also where the logits are narrower."
+    "How far the logits are from saying `real`, averaged over patches and images, in float32."
     logits = at_least_float(logits)
     if mode == 'vanilla': return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
     if mode == 'lsgan': return (logits - float(real)).square().mean()
@@ -175,7 +175,7 @@ class Pix2Pix:
         generator, # for dropout, see draw_masks
     ):
         "Yield ('D', loss) and then ('G', loss); the part must be stepped before the next is asked for."
-        with torch.autocast(batch['rgb'].device.type, enabled=False): L, ab = scaled_lab(batch['rgb']) # or bfloat16 would round the target
+        with torch.autocast(batch['rgb'].device.type, enabled=False): L, ab = scaled_lab(batch['rgb']) # not rounded
         masks = draw_masks(self.G.mask_shapes(*L.shape[-2:]), len(L), generator, self.dropout) if self.dropout else None
         return self.adversarial_losses(L, ab, masks)
 

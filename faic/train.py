@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
-from .core import (BatchGenerator, Budget, Run, added_up, generator_for, is_first, leave_busy_cores, progress, set_threads, usable_cores,
-                       write_bytes, write_json, written_whole)
+from .core import (BatchGenerator, Budget, Run, added_up, generator_for, is_first, leave_busy_cores, progress, set_threads,
+                       usable_cores, write_bytes, write_json, written_whole)
 from .data import Batch, latent_batches, rank_rows, resident, training_batches
 from .layers import share_norms
 
@@ -141,12 +141,12 @@ def heard(): # a list, empty until a signal comes
 class Trainer:
     "Trains one trainee within one run folder; made again with the same arguments, it continues."
     def __init__(self,
-        trainee, # parts(), losses(batch, generators)
+        trainee, # parts(), losses(batch, generator)
         run:Run, # its folder gets log.jsonl, last.pt and day-<d>.safetensors
         array, # (N,S,S,3) uint8 photographs at load size
         indices, # (N,) which photograph each row is
         budget:Budget, # of the whole run
-        options:dict, # batch_size, optimizer, lr, ..., schedule, crop, flip, ema, seed; where they differ from float32 and False, precision and channels_last
+        options:dict, # batch_size, optimizer, lr, ..., schedule, crop, flip, ema, seed; precision and channels_last if any
         days:int=1, # parts of equal budget
         device=torch.device('cpu'),
         save_minutes:float=5, # between checkpoints, beside those at the end of a day
@@ -220,7 +220,7 @@ def choose_threads(
     trainer:Trainer,
     new:bool, # does the run begin?
 ):
-    "A new run on a CPU leaves busy cores alone; one that goes on keeps its number of threads, because the last bits of sums depend on it."
+    "A new run on a CPU leaves busy cores alone; one that goes on keeps its threads, because the last bits of sums depend on them."
     t, cores = trainer, len(usable_cores())
     if t.device.type != 'cpu' or idist.get_world_size() > 1: return
     before = [e['threads'] for e in t.run.events() if e.get('event') == 'threads' and e['cores'] == cores]
@@ -258,7 +258,7 @@ def batch_images(trainer:Trainer)->int:
 def pieces_of(
     trainer:Trainer,
     batch, # this process's images: a Batch, or a dict of tensors
-)->list: # of batches with 'share' (of the whole batch's images), 'piece' (its number) and 'generator' (its BatchGenerator) beside the rest
+)->list: # of batches with 'share' (of the whole batch's images), 'piece' (its number) and 'generator' beside the rest
     "Cut a batch into pieces; say what each counts, and where its random numbers come from."
     t, mine, rank, world = trainer, len(batch['index']), idist.get_rank(), idist.get_world_size()
     images = batch_images(t) if world > 1 else mine
@@ -267,8 +267,10 @@ def pieces_of(
     pieces = min(t.pieces, mine)
     ends = [round(mine*k/pieces) for k in range(pieces + 1)]
     def piece(k, a, b): # of this process's images from a to b
-        cut = batch if pieces == 1 else batch.piece(slice(a, b)) if isinstance(batch, Batch) else {n: v[a:b] for n, v in batch.items()}
-        return cut | dict(share=(b - a)/images*counted, piece=k, generator=step_generator(t, slice(first + a, first + b), images))
+        if pieces == 1: cut = batch
+        else: cut = batch.piece(slice(a, b)) if isinstance(batch, Batch) else {n: v[a:b] for n, v in batch.items()}
+        generator = step_generator(t, slice(first + a, first + b), images)
+        return cut | dict(share=(b - a)/images*counted, piece=k, generator=generator)
     return [piece(k, *rows) for k, rows in enumerate(zip(ends, ends[1:]))]
 
 def step_generator(trainer:Trainer, rows:slice, images:int)->BatchGenerator:
@@ -314,7 +316,7 @@ def update(trainer:Trainer, part:str, loss, factor:float):
     if plateau: trainer.unsettled[part] = read_later(added_up(loss))
 
 def settle(trainer:Trainer, part:str):
-    "Let the plateau of a part see its last loss. That is early enough before the next step of the optimizer, and by then the GPU has the number ready."
+    "Let the plateau of a part see its last loss: the next step of the optimizer needs its rate, and by then the GPU has the number ready."
     if part in trainer.unsettled: trainer.plateaus[part].step(trainer.unsettled.pop(part)())
 
 def read_later(number:torch.Tensor): # function of nothing: the number

@@ -153,7 +153,8 @@ class VectorQuantizer(nn.Module):
     def begin_with(self, z:Tensor, generator:torch.Generator=None): # (B,embed_dim,h,w)
         "Make the codes latents drawn at random, each once before any comes twice."
         pixels, codes = z.movedim(1, -1).flatten(0, -2), self.embedding.weight
-        order = torch.randperm(len(pixels), generator=generator, device=generator.device if generator else None).repeat(math.ceil(len(codes)/len(pixels)))
+        where = generator.device if generator else None
+        order = torch.randperm(len(pixels), generator=generator, device=where).repeat(math.ceil(len(codes)/len(pixels)))
         codes.copy_(pixels[order[:len(codes)].to(z.device)])
 
     @torch.no_grad()
@@ -305,7 +306,8 @@ class VQGAN:
             torch.manual_seed(seed)
             self.net = VQModel(**FIRST_STAGES[latent] | dict(ch=ch, num_res_blocks=num_res_blocks, groups=norm_groups(ch)) | (dict(n_embed=n_embed) if n_embed else {}))
             self.D = PatchDiscriminator(official['disc_layers'] if disc_layers is None else disc_layers, disc_width)
-        self.perceptual_weight, self.perceptual, self.codebook, self.terms, self._known = perceptual_weight, None, codebook, {}, (None, 0)
+        self.perceptual_weight, self.perceptual, self.codebook, self.terms = perceptual_weight, None, codebook, {}
+        self._known = None, 0 # see _made
 
     def parts(self)->dict:
         "The networks, one optimizer each; the perceptual network is not among them, it stays as it is."
@@ -313,7 +315,7 @@ class VQGAN:
 
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1]; of a piece of a larger batch also 'share' (of its images) and 'piece' (its number)
-        generator=None, # of the first codes, with codebook 'data': a torch.Generator, a BatchGenerator's, or the first of a list; else draws nothing
+        generator=None, # of the first codes, with codebook 'data': a torch.Generator, BatchGenerator, or the first of a list
     ):
         "Yield ('net', loss) and, from batch disc_start on, ('D', loss)."
         x, share, made = batch['rgb']*2 - 1, batch.get('share', 1.), self._made()
@@ -333,7 +335,7 @@ class VQGAN:
             self.D.steps += 1
             self._known = self.D.steps._version, made + 1
 
-    def _made(self): # steps; the device is asked only where they were changed elsewhere, e.g. loaded
+    def _made(self): # steps; the device is asked only where others changed them, e.g. loaded them
         if self._known[0] != self.D.steps._version: self._known = self.D.steps._version, int(self.D.steps)
         return self._known[1]
 

@@ -29,11 +29,11 @@ class Wide:
     def parts(self):
         return {"net": self.net}
 
-    def losses(self, batch, generators):
+    def losses(self, batch, generator):
         self.calls += 1
         if self.calls == self.at:
             self.do()
-        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * drawn(torch.rand, (len(batch["index"]), 1), generators)
+        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * drawn(torch.rand, (len(batch["index"]), 1), generator)
         yield "net", (self.net(torch.ones(1, 1)) - target).square().mean()
 
 
@@ -173,7 +173,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_no_litter(tmp_path, monkeyp
     assert not list(again.run.path.glob(".*.part")) and same(train(again), whole)
 
 
-def test_nothing_but_the_images_own_generators_is_drawn_from(tmp_path, monkeypatch):
+def test_nothing_but_the_steps_own_generator_is_drawn_from(tmp_path, monkeypatch):
     """So there is no random state that a checkpoint would have to hold."""
     import together
 

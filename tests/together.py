@@ -47,9 +47,9 @@ class InPrecision:
     def parts(self):
         return self.trainee.parts()
 
-    def losses(self, batch, generators):
+    def losses(self, batch, generator):
         cast = lambda v: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        return self.trainee.losses({k: cast(v) for k, v in batch.items()}, generators)
+        return self.trainee.losses({k: cast(v) for k, v in batch.items()}, generator)
 
 
 def train(name, dtype, steps, folder):
