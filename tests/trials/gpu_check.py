@@ -42,6 +42,7 @@ from faic.study import matrix_rate
 from faic.train import Trainer, train_day
 
 TESTS = Path(__file__).resolve().parents[1]
+NARROW = dict(pix2pix=dict(width=32), bbdm=dict(channels=64))  # where checkpoints are written all the time
 STEPS = 50  # whose losses are compared in each precision
 CASES = tuple((temperature, norm) for temperature in (0.0, 1.0) for norm in ("row", "image"))
 SLACK = 1e9  # of the goldens' tolerances, so that every comparison is made; what is above 1 is counted
@@ -116,12 +117,12 @@ def forked(work, errors):
 
 def resumed(device, model, rehearse, seconds):
     """The same training three times: left alone twice, and killed with SIGKILL in the middle and started again."""
-    count, every = (6, 2) if rehearse else (60, 5)
+    count, every = (6, 2) if rehearse else (60, 10)
 
     def work(folder):
         faic.train.LOOK = every
         repeat_exactly(device)
-        options = model_options(model, "gpu")
+        options = model_options(model, "gpu") | ({} if rehearse else NARROW.get(model, {}))
         options |= dict(crop=options["side"], seed=0)
         array = photographs(64, options["load_side"])
         trainer = Trainer(

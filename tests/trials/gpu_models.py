@@ -1,6 +1,7 @@
 """What the stages share: models with synthetic photographs, precisions, presets shrunk for a rehearsal."""
 
 import contextlib
+import functools
 import tempfile
 from pathlib import Path
 
@@ -90,8 +91,9 @@ def components(model, preset, device):
     }
 
 
+@functools.cache
 def untrained(model, preset, device):
-    """(trainee, components) of a preset, on the device."""
+    """(trainee, components) of a preset, on the device; made once, as large networks take seconds."""
     parts = components(model, preset, device)
     trainee = make_trainee(model, model_options(model, preset), parts=parts if model == "bbdm" else {})
     for net in trainee.parts().values():

@@ -1,5 +1,6 @@
 """Stage `speed`: Table IV and training at the paper's size, what each means for the GPU, and what each trick brings."""
 
+import copy
 import math
 import time
 
@@ -269,7 +270,7 @@ def launched(f, device, times, patience):
 def denoising(device, size, dtype, last):
     """A function that makes a step of BBDM's U-Net on fixed latents."""
     trainee, _ = untrained("bbdm", "paper", device)
-    net = trainee.net.to(dtype).eval()
+    net = copy.deepcopy(trainee.net).to(dtype).eval()
     if last:
         net = net.to(memory_format=torch.channels_last)
     o = model_options("bbdm", "paper")
@@ -306,7 +307,8 @@ def formats(device, rehearse, seconds):
 def generating(device, size, dtype, last):
     """A function that makes Pix2Pix's answers to fixed gray images."""
     trainee, _ = untrained("pix2pix", "paper", device)
-    net, L = trainee.G.to(dtype).eval(), (gray_images("pix2pix", "paper", size, device) * 2 - 1).to(dtype)
+    net = copy.deepcopy(trainee.G).to(dtype).eval()
+    L = (gray_images("pix2pix", "paper", size, device) * 2 - 1).to(dtype)
     if last:
         net, L = net.to(memory_format=torch.channels_last), L.to(memory_format=torch.channels_last)
 

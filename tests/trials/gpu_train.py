@@ -107,7 +107,7 @@ def saves_components(save):
 
 
 def numbers_on(device):
-    """`generator_for`, but the numbers of an evaluation are drawn on the device: ColTran's take a CPU longer than the rest."""
+    """`generator_for`, but an evaluation's numbers are drawn on the device: a CPU takes long for ColTran's."""
 
     def make(*names, **where):
         return generator_for(*names, **(dict(device=device) if names[1:2] == ("evaluate",) else where))
