@@ -42,7 +42,7 @@ def test_rehearsal(tmp_path):
         "train: 10 of 10 items done",
     ):
         assert found in done.stdout
-    assert "`results` uses 11 runs" in done.stdout
+    assert "`results` uses 11 runs" in done.stdout and "is phase 1's winner" in done.stdout
 
 
 def items(*found):

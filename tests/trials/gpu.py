@@ -151,11 +151,8 @@ def rehearse(o):
     from faic.data import load_photos
     from gpu_stage import failed
 
-    stages, wrong, limits = (
-        o.stages or STAGES,
-        [],
-        dict(check=120, speed=120, train=150),
-    )  # where other work slows it down
+    stages, wrong = o.stages or STAGES, []
+    limits = dict(check=300, speed=300, train=300)  # where other work slows it down
     with tempfile.TemporaryDirectory(prefix="faic-rehearsal-") as folder:
         root = Path(folder)
         os.environ |= dict(FAIC_RUNS=str(root / "runs"), FAIC_FIGURES=str(root / "figures"))

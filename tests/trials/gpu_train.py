@@ -289,8 +289,12 @@ def phase2(study, model, seed, deadline, seconds):
             time.sleep(0.2)
             study.add_rows()
         name, why = phase1_winner(model, PRESET, 0, photos, str(day_budget(PRESET, study.budget())))
-    name = name or winners().get(model) or PAPER_WINNER[model]
-    return dict(variant=name, why=why) | train(study, model, "phase2", name, seed)
+    elif not name:
+        name, why = winners().get(model), "the winner of an earlier phase 1 on this machine"
+    if not name:
+        name, why = PAPER_WINNER[model], "the paper's winner"
+    found = train(study, model, "phase2", name, seed)
+    return found | dict(line=f"{found['line']}; {name} is {why}", variant=name, why=why)
 
 
 def train(study, model, phase, name, seed):
