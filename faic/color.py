@@ -40,8 +40,12 @@ def _response(t):
 
 def _xyz(pixels):
     "RGB_TO_XYZ divided by white, (3,3), for these pixels: on their device, in their float dtype (float32 for uint8)."
-    matrix = torch.tensor(RGB_TO_XYZ, dtype=torch.float64)/torch.tensor(WHITE, dtype=torch.float64)[:,None]
-    return matrix.to(pixels.device, pixels.dtype if pixels.is_floating_point() else torch.float32)
+    rows = tuple(tuple(v/w for v in row) for row, w in zip(RGB_TO_XYZ, WHITE))
+    return _constant(rows, pixels.device, pixels.dtype if pixels.is_floating_point() else torch.float32)
+
+@lru_cache
+def _constant(rows, device, dtype): # numbers in tuples; sent to a GPU once, because each sending waits for it
+    return torch.tensor(rows, dtype=torch.float64).to(device, dtype)
 
 # %% ../nbs/01_color.ipynb #5770b3aa
 PIECE = 32768 # pixels
@@ -58,8 +62,8 @@ def rgb_to_lab(
 )->Tensor: # (B,3,H,W): L in [0,100], a and b in about [-110,110]; float32 for uint8
     "sRGB to CIE Lab (D65), with gradients that are finite everywhere."
     matrix = _xyz(rgb)
-    weights = matrix.new_tensor([[0, 116, 0], [500, -500, 0], [0, 200, -200]])
-    offset = matrix.new_tensor([-16, 0, 0])[:,None]
+    weights = _constant(((0, 116, 0), (500, -500, 0), (0, 200, -200)), matrix.device, matrix.dtype)
+    offset = _constant(((-16,), (0,), (0,)), matrix.device, matrix.dtype)
     def lab(pixels):
         f = _response(matrix @ _linear(pixels))
         return torch.baddbmm(offset, weights.expand(len(f), 3, 3), f)
@@ -98,8 +102,8 @@ def scaled_lab(
 )->tuple: # what scale_lab(rgb_to_lab(rgb)) gives: L (B,1,H,W) and ab (B,2,H,W)
     "Pix2Pix's input and target, of 8-bit pixels, in one pass."
     matrix = _xyz(rgb)
-    weights = matrix.new_tensor([[0, 116/50, 0], [500/110, -500/110, 0], [0, 200/110, -200/110]])
-    offset = matrix.new_tensor([-16/50 - 1, 0, 0])[:,None]
+    weights = _constant(((0, 116/50, 0), (500/110, -500/110, 0), (0, 200/110, -200/110)), matrix.device, matrix.dtype)
+    offset = _constant(((-16/50 - 1,), (0,), (0,)), matrix.device, matrix.dtype)
     levels = lambda pixels: pixels.mul(255).add_(.5).int() if pixels.is_floating_point() else pixels
     def scaled(pixels):
         f = _response(matrix @ _linear(levels(pixels)).to(matrix))

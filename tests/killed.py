@@ -1,6 +1,6 @@
 """Kill phase 2 of each model with SIGKILL at random moments, start it again until it is done, and count the bits that differ from a run that was left alone.
 
-    python tests/killed.py [KILLS A MODEL, 8] [SEED, 0]
+    python tests/killed.py [KILLS A MODEL, 8] [SEED, 0] [PRECISION, float32 or bfloat16]
 
 Prints a line a kill (where it hit) and a line a model; exits with 1 where a bit differs. Budgets are small, checkpoints frequent, so that kills hit all stages: parts, latents, days, checkpoints, evaluations.
 """
@@ -20,7 +20,7 @@ MODELS = ("pix2pix", "coltran", "bbdm")
 STEPS = 60  # a part; a day has a third of that
 
 
-def work(model):
+def work(model, precision):
     """Phase 2 of a model, in this process; says when the imports are over."""
     from phases import Judge
 
@@ -37,6 +37,8 @@ def work(model):
 
     faic.study.Trainer, faic.train.LOOK = Saving, 3
     PRESETS["smoke"]["parts"] = {p: (f"{STEPS} steps",) * 2 for m in PARTS for p in PARTS[m]}
+    for changes in PRESETS["smoke"]["changes"].values():
+        changes["precision"] = precision
     print("ready", flush=True)
     photos, cpu = load_photos(), pick_device("cpu")
     sampling = usual_sampling(model, "smoke") | (dict(sample_steps=3) if model == "bbdm" else {})
@@ -45,9 +47,9 @@ def work(model):
     print("done", flush=True)
 
 
-def start(model, runs):
+def start(model, runs, precision):
     environment = dict(os.environ, FAIC_RUNS=str(runs), OMP_NUM_THREADS="1")
-    started = subprocess.Popen([sys.executable, __file__, "--work", model], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen([sys.executable, __file__, "--work", model, precision], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert started.stdout.readline() == "ready\n", started.stderr.read()
     return started
 
@@ -75,16 +77,16 @@ def bits(a, b):
     return int(np.unpackbits(np.frombuffer(a.tobytes(), np.uint8) ^ np.frombuffer(b.tobytes(), np.uint8)).sum())
 
 
-def trial(model, kills, rng, folder):
+def trial(model, kills, rng, folder, precision):
     """(kills made, bits compared, bits that differ)"""
     began = time.monotonic()
-    whole = start(model, folder / "whole")
+    whole = start(model, folder / "whole", precision)
     began = time.monotonic()
     said, errors = whole.communicate()
     assert "done" in said, errors
     seconds, made = time.monotonic() - began, 0
     while True:
-        started = start(model, folder / "killed")
+        started = start(model, folder / "killed", precision)
         try:
             started.wait(rng.uniform(0, 2 * seconds / kills) if made < kills else None)
             assert started.returncode == 0, started.stderr.read()
@@ -108,11 +110,11 @@ def check(model, whole, killed):
     return sum(8 * v.nbytes for v in whole.values()), sum(bits(v, killed[k]) for k, v in whole.items())
 
 
-def main(kills=8, seed=0):
-    rng, total, wrong = random.Random(seed), 0, 0
+def main(kills=8, seed=0, precision="float32"):
+    rng, total, wrong = random.Random(int(seed)), 0, 0
     for model in MODELS:
         with tempfile.TemporaryDirectory() as d:
-            made, compared, differing = trial(model, kills, rng, Path(d))
+            made, compared, differing = trial(model, int(kills), rng, Path(d), precision)
         print(f"{model}: {made} kills, {compared:,} bits compared, {differing:,} differ", flush=True)
         total, wrong = total + made, wrong + differing
     print(json.dumps(dict(kills=total, differing_bits=wrong)))
@@ -121,6 +123,6 @@ def main(kills=8, seed=0):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        work(sys.argv[2])
+        work(*sys.argv[2:])
     else:
-        sys.exit(1 if main(*map(int, sys.argv[1:])) else 0)
+        sys.exit(1 if main(*sys.argv[1:]) else 0)
