@@ -283,7 +283,8 @@ class Ends:
     def encode(self, pixels:Tensor)->Tensor: # (B,3,H,W) in [-1,1] -> (B,C,h,w), float32
         "The latents of an image, not normalised."
         if self.factor == 1: return pixels
-        return at_least_float((self._stage().encoder if self.before_quant_conv else self._stage().encode)(pixels))
+        encode = self._stage().encoder if self.before_quant_conv else self._stage().encode
+        return at_least_float(encode(pixels)).contiguous() # channels-last latents would slow the U-Net's float32 down
 
     def normalized(self,
         z:Tensor, # (B,C,h,w)
