@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'PAPER_WORK', 'PART_NAMES', 'PAPER_FIGURES', 'HYPOTHESIS', 'MODEL_NAMES', 'KINDS',
            'INTERVALS', 'SEEDS_INTERVAL', 'TEX', 'PAPER_COLUMN', 'PHOTOGRAPHS_L', 'WORK_LINES', 'BASELINES', 'PHASES',
-           'WORK_COLUMN', 'STAGE_OF', 'SUMMED', 'TIME_LINES', 'INCHES', 'STYLE', 'UPSAMPLERS', 'Verdict', 'JUDGED',
-           'usual_latent', 'model_kind', 'space_note', 'model_parts', 'model_name', 'Evidence', 'read_evidence',
-           'main_rows', 'scored_with', 'judge_label', 'own_words', 'refuse_different', 't_interval', 'over_seeds',
-           'seed_days', 'main_days', 'name_seeds', 'seeds_text', 'refuse_mixed', 'footer', 'interval_note',
-           'averaging_note', 'one_seed', 'seed_notes', 'fewer_seeds', 'bias_note', 'collapses', 'run_notes', 'caution',
-           'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'seed_rows', 'value_text', 'score_view', 'lowest_fid',
-           'baseline_rows', 'winner_of', 'sampled_alike', 'seeds_compared', 'first_seed', 'variants_table',
-           'all_models', 'further_models', 'common_day', 'reconstruction_rows', 'phase2_table', 'training_rows',
-           'clock', 'training_table', 'stage_times', 'times_table', 'sizes_table', 'style', 'add_footer', 'save_figure',
-           'diagram', 'box', 'picture', 'arrow', 'box_column', 'sample_grid', 'day_curves', 'sample_file',
-           'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure7',
-           'steps_runs', 'steps_table', 'figure_steps', 'verdict', 'conclude', 'against_gray', 'hypothesis_sentences',
-           'model_seconds']
+           'WORK_COLUMN', 'STAGE_OF', 'SUMMED', 'TIME_LINES', 'INCHES', 'COLORS', 'STYLE', 'UPSAMPLERS', 'Verdict',
+           'JUDGED', 'usual_latent', 'model_kind', 'space_note', 'model_parts', 'model_name', 'Evidence',
+           'read_evidence', 'main_rows', 'scored_with', 'judge_label', 'own_words', 'refuse_different', 't_interval',
+           'over_seeds', 'seed_days', 'main_days', 'name_seeds', 'seeds_text', 'refuse_mixed', 'footer',
+           'interval_note', 'averaging_note', 'one_seed', 'seed_notes', 'fewer_seeds', 'bias_note', 'collapses',
+           'run_notes', 'caution', 'Table', 'tex', 'latex', 'save_table', 'entry_rows', 'seed_rows', 'value_text',
+           'score_view', 'lowest_fid', 'baseline_rows', 'winner_of', 'sampled_alike', 'seeds_compared', 'first_seed',
+           'variants_table', 'all_models', 'further_models', 'common_day', 'reconstruction_rows', 'phase2_table',
+           'training_rows', 'clock', 'training_table', 'stage_times', 'times_table', 'sizes_table', 'style',
+           'add_footer', 'save_figure', 'diagram', 'box', 'picture', 'arrow', 'box_column', 'sample_grid', 'day_curves',
+           'sample_file', 'read_samples', 'credits', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11',
+           'figure7', 'steps_runs', 'steps_table', 'figure_steps', 'verdict', 'conclude', 'against_gray',
+           'hypothesis_sentences', 'model_seconds']
 
 # %% ../nbs/04_plots.ipynb #87efc86f
 import re, textwrap
@@ -25,13 +25,10 @@ from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.path import Path as Line
-from scipy import stats
+from cycler import cycler
+from scipy.special import stdtrit
 
 from .core import Run, pick_device, provenance, read_runs, write_bytes
 from .metrics import METRICS, column
@@ -217,7 +214,7 @@ def t_interval(values)->tuple: # (mean, standard deviation, low, high); the last
     "Mean, spread and the 95 % t-interval of the mean."
     x = np.asarray(values, float)
     mean, sd = x.mean(), x.std(ddof=1) if len(x) > 1 else np.nan
-    half = stats.t.ppf(.975, len(x) - 1)*sd/len(x)**.5 if len(x) > 1 else np.nan
+    half = stdtrit(len(x) - 1, .975)*sd/len(x)**.5 if len(x) > 1 else np.nan
     return mean, sd, mean - half, mean + half
 
 # %% ../nbs/04_plots.ipynb #5eed0005
@@ -795,12 +792,15 @@ def _learned(run): # from how many photographs, and how many a second
 
 # %% ../nbs/04_plots.ipynb #3a238cac
 INCHES = 7.2 # width of a figure: a page of A4 or letter with margins
+COLORS = ('#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#ca9161', '#fbafe4', '#949494', '#ece133',
+          '#56b4e9') # seaborn's 'colorblind', which draws the days' curves
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'legend.fontsize': 7, 'xtick.labelsize': 7, 'ytick.labelsize': 7,
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '.9', 'axes.axisbelow': True, 'lines.linewidth': 1.4,
-         'image.interpolation': 'nearest', 'pdf.fonttype': 42, 'savefig.dpi': 200, 'axes.prop_cycle': plt.cycler(color=sns.color_palette('colorblind'))}
+         'image.interpolation': 'nearest', 'pdf.fonttype': 42, 'savefig.dpi': 200, 'axes.prop_cycle': cycler(color=COLORS)}
 
 def style(): # -> context manager
     "Our style. The backend is loaded first: loaded inside the context, a notebook's automatic display would be switched off again at its end."
+    import matplotlib.pyplot as plt
     if not plt.get_fignums(): plt.switch_backend(plt.get_backend())
     return plt.rc_context(STYLE)
 
@@ -829,6 +829,7 @@ def diagram(
     height:float, # inches
 ):# -> (Figure, Axes whose coordinates are inches from the lower left corner)
     "An empty sheet for boxes and arrows."
+    import matplotlib.pyplot as plt
     with style(): fig = plt.figure(figsize=(width, height))
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     ax.set_axis_off()
@@ -847,6 +848,7 @@ def box(
     colour='white', # of the box
 ):# -> the box, for `arrow`
     "A box with text."
+    from matplotlib.patches import FancyBboxPatch
     patch = ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle='round,pad=0,rounding_size=.03', facecolor=colour, edgecolor='.25', linewidth=.6))
     middle, more = dict(va='center', fontsize=6.5, linespacing=1.15, math_fontfamily='cm'), dict(ha='center', va='top', fontsize=7.5, weight='bold')
     if text: ax.text(x + (.05 if right else width/2), y + height/2, text, ha='left' if right else 'center', **middle)
@@ -883,6 +885,8 @@ def arrow(
     line:str='-', # '--' for a dashed one
 ):
     "An arrow from box to box, of horizontal and vertical legs."
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path as Line
     points = _way(a, b, side, at, corners)
     ax.add_patch(FancyArrowPatch(path=Line(points), arrowstyle='-|>,head_length=3,head_width=1.3', mutation_scale=1, linewidth=.7,
                                  color=colour, linestyle=line, capstyle='butt', joinstyle='miter'))
@@ -929,6 +933,7 @@ def sample_grid(
     footer=(), # sentences under the figure
 ):# -> matplotlib Figure
     "Images side by side: a row a photograph, a column a version of it."
+    import matplotlib.pyplot as plt
     shapes = [c.shape for c in columns.values() if isinstance(c, np.ndarray)]
     rows, (height, width) = (shapes[0][0], shapes[0][1:3]) if shapes else (1, (1, 1))
     cell = min(1.15, INCHES/len(columns))
@@ -960,6 +965,7 @@ def day_curves(
     title:str='', footer=(),
 ):# -> matplotlib Figure
     "Metrics over the days of phase 2."
+    import matplotlib.pyplot as plt
     with style():
         fig, axes = plt.subplots(2, -(-len(names)//2), figsize=(INCHES, 5), layout='constrained')
         for ax, name in zip(axes.flat, names): _curve(ax, name, column(name, label), models, baselines, trained)
@@ -969,10 +975,11 @@ def day_curves(
     return fig
 
 def _curve(ax, name, c, models, baselines, trained):
-    colours, m = dict(zip(models, sns.color_palette('colorblind'))), METRICS[name]
+    from seaborn import lineplot
+    colours, m = dict(zip(models, COLORS)), METRICS[name]
     for model, t in models.items():
         if c not in t: ax.plot([], [], color=colours[model], label=f'{model}: not run'); continue
-        sns.lineplot(t, x='day', y=c, ax=ax, color=colours[model], marker='o', label=model, legend=False)
+        lineplot(t, x='day', y=c, ax=ax, color=colours[model], marker='o', label=model, legend=False)
         if f'{c} low' in t: ax.fill_between(t['day'], t[f'{c} low'].astype(float), t[f'{c} high'].astype(float), color=colours[model], alpha=.18, lw=0)
     for line, rows in ((':', baselines), ('--', trained)):
         for who, row in rows.items():
@@ -1012,6 +1019,7 @@ def credits(evidence:Evidence)->list: # one sentence, or none
 
 def not_run_figure(title:str, footer=()):# -> matplotlib Figure
     "A figure that says that there is nothing to show."
+    import matplotlib.pyplot as plt
     with style():
         fig, ax = plt.subplots(figsize=(INCHES, 1), layout='constrained')
         ax.text(.5, .5, f'{title}: not run', ha='center', va='center', fontsize=9, color='.4')
@@ -1127,12 +1135,13 @@ def steps_table(evidence:Evidence)->Table:
 # %% ../nbs/04_plots.ipynb #38381258
 def figure_steps(evidence:Evidence):# -> matplotlib Figure
     "FID, KID and time against the number of sampling steps; the gray image as a line."
+    import matplotlib.pyplot as plt
     table, label, title = steps_table(evidence), judge_label(evidence), 'Fewer sampling steps: quality and time, validation images'
     said = [interval_note(['FID', 'KID'], 'Bands'), *(n for n in table.notes if not n.startswith('In brackets')), table.footer]
     if set(table.frame['status']) == {'not run'}: return not_run_figure(title, said)
     with style():
         fig, axes = plt.subplots(1, 3, figsize=(INCHES, 2.9), layout='constrained')
-        for (name, run), colour in zip(steps_runs(evidence).items(), sns.color_palette('colorblind')):
+        for (name, run), colour in zip(steps_runs(evidence).items(), COLORS):
             m = run.metrics().sort_values('sample_steps')
             for ax, c in zip(axes, (column('FID', label), column('KID', label), 'seconds_per_image')): _steps_curve(ax, m, c, name, colour)
         handles = {l: h for h, l in zip(*axes[0].get_legend_handles_labels())}

@@ -52,7 +52,7 @@ def as_hwc(image): return image.double().permute(1, 2, 0).numpy()
 # pixels
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('side', [32, 64, 97])
+@pytest.mark.parametrize('side', [32, 64, 97, 150]) # the last in tiles
 def test_image_scores_equal_ignite_and_scikit_image(side, dtype):
     real = photos(side).to(dtype)
     fake = desaturate(photos(side), .5).to(dtype)
@@ -334,6 +334,18 @@ def test_lite0_is_frozen_named_and_the_packages_network(lite0):
     x = photos(224)
     with torch.no_grad(): expected = net((x*255 - 127)/128).softmax(1)
     torch.testing.assert_close(lite0(x)[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_lite0_is_the_same_with_and_without_fused_calls(lite0, monkeypatch):
+    assert M.FrozenConv.fused, 'this build of torch has no oneDNN: nothing is compared'
+    pairs = {}
+    for fused in (True, False):
+        monkeypatch.setattr(M.FrozenConv, 'fused', fused)
+        pairs[fused] = lite0(photos())[0], lite0(photos().flip(3))[0]
+    assert not torch.equal(pairs[True][0], pairs[False][0]), 'the same code ran twice'
+    torch.testing.assert_close(*(p[0] for p in pairs.values()), rtol=1e-5, atol=1e-5*pairs[True][0].max().item())
+    fids = [M.frechet_from_features(*p) for p in pairs.values()]
+    assert fids[0] == pytest.approx(fids[1], rel=1e-5) and fids[0] > 1
 
 
 def test_lite0_does_not_depend_on_the_batch(lite0):
