@@ -21,7 +21,7 @@ def photographs(tmp_path_factory):
     """A user's folder: a third of the embedded photographs as 72 files, so that an evaluation has few images to score."""
     from PIL import Image
 
-    from faic.data import load_photos
+    from faic.dataset import load_photos
 
     folder = tmp_path_factory.mktemp("data") / "photographs"
     folder.mkdir()

@@ -40,7 +40,7 @@ def link_photographs(source, folder, count):
 
 
 def photographs(a):
-    from faic.data import load_photos
+    from faic.dataset import load_photos
 
     return load_photos(a.folder / "photos", a.side)
 
@@ -52,7 +52,7 @@ def prepare(a):
 
 def load(a):
     began = time.perf_counter()
-    from faic.data import load_photos  # and torch: the greater part of a short step
+    from faic.dataset import load_photos  # and torch: the greater part of a short step
 
     imported = time.perf_counter() - began
     began = time.perf_counter()
@@ -61,20 +61,21 @@ def load(a):
 
 
 def enlarge(a):
-    from faic.data import enlarged
+    from faic.dataset import resized_for_crops
 
     photos = photographs(a)
-    array = enlarged(photos, a.load_side)
+    array = resized_for_crops(photos, a.load_side)
     return dict(images=len(array), bytes=sum(f.stat().st_size for f in photos.folder.glob(f"train-{a.load_side}-*")))
 
 
 def batches(a, seconds=10):
-    from faic.data import enlarged, training_batches
+    from faic.batches import training_batches
+    from faic.dataset import resized_for_crops
 
     photos, found = photographs(a), {}
-    array = enlarged(photos, a.load_side)
+    array = resized_for_crops(photos, a.load_side)
     for size in (4, 32):
-        stream = training_batches(array, photos.parts["train"], size, seed=0, crop=a.side)
+        stream = training_batches(array, photos.splits["train"], size, seed=0, crop=a.side)
         next(stream)
         began, cpu, made = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - began < seconds:
@@ -88,16 +89,16 @@ def batches(a, seconds=10):
 def evaluation(a):
     import torch
 
+    from faic.evaluate import evaluate, gray_baseline
     from faic.metrics import efficientnet_lite0
-    from faic.study import evaluate, gray_baseline
 
     photos, n = photographs(a), a.evaluated
     rows = torch.arange(len(photos.array)).numpy()
-    parts = dict(photos.parts, test=rows[-n:], validation=rows[-2 * n : -n])  # as many as in the paper's split
-    photos = dataclasses.replace(photos, parts=parts, fingerprint=f"full{n}-{photos.fingerprint}")
-    judge, seen = efficientnet_lite0(), []
-    judge.register_forward_hook(lambda net, images, output: seen.append(len(images[0])))
-    rows, _ = evaluate(gray_baseline, photos, "test", judge)
+    splits = dict(photos.splits, test=rows[-n:], validation=rows[-2 * n : -n])  # as many as in the paper's split
+    photos = dataclasses.replace(photos, splits=splits, fingerprint=f"full{n}-{photos.fingerprint}")
+    feature_net, seen = efficientnet_lite0(), []
+    feature_net.register_forward_hook(lambda net, images, output: seen.append(len(images[0])))
+    rows, _ = evaluate(gray_baseline, photos, "test", feature_net)
     return dict(judged=sum(seen), threads=torch.get_num_threads(), row=rows["photograph"])
 
 

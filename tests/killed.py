@@ -24,26 +24,27 @@ def work(model, precision):
     """Phase 2 of a model, in this process; says when the imports are over."""
     from phases import Judge
 
-    import faic.study
-    import faic.train
+    import faic.components
+    import faic.trainer
+    from faic.components import prepare_components
     from faic.core import Budget, pick_device
-    from faic.data import load_photos
-    from faic.presets import PARTS, PRESETS, usual_sampling
-    from faic.study import ready_parts, run_days, study_run
+    from faic.dataset import load_photos
+    from faic.days import run_days, study_run
+    from faic.presets import COMPONENTS, PRESETS, default_sampling
 
-    class Saving(faic.study.Trainer):
+    class Saving(faic.trainer.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, save_minutes=0, **kwargs)
 
-    faic.study.Trainer, faic.train.LOOK = Saving, 3
-    PRESETS["smoke"]["parts"] = {p: (f"{STEPS} steps",) * 2 for m in PARTS for p in PARTS[m]}
+    faic.components.Trainer, faic.trainer.CHECK_EVERY = Saving, 3
+    PRESETS["smoke"]["components"] = {p: (f"{STEPS} steps",) * 2 for m in COMPONENTS for p in COMPONENTS[m]}
     for changes in PRESETS["smoke"]["changes"].values():
         changes["precision"] = precision
     print("ready", flush=True)
     photos, cpu = load_photos(), pick_device("cpu")
-    sampling = usual_sampling(model, "smoke") | (dict(sample_steps=3) if model == "bbdm" else {})
-    parts, sampling = ready_parts(model, "phase2", "smoke", 0, photos, sampling, Judge(), cpu)
-    run_days(study_run("phase2", model, "default", "smoke", 0, photos, Budget(5 * STEPS // 3, "steps"), cpu), photos, Judge(), sampling, cpu, parts)
+    sampling = default_sampling(model, "smoke") | (dict(sample_steps=3) if model == "bbdm" else {})
+    components, sampling = prepare_components(model, "phase2", "smoke", 0, photos, sampling, Judge(), cpu)
+    run_days(study_run("phase2", model, "default", "smoke", 0, photos, Budget(5 * STEPS // 3, "steps"), cpu), photos, Judge(), sampling, cpu, components)
     print("done", flush=True)
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import faic.study
-from faic.core import generator_for, pick_device
-from faic.presets import PARTS, PRESETS, make_colorizer, make_trainee, usual_sampling
-from faic.study import colorize_photo, find_parts, find_run, last_day
-from faic.train import load_weights
+import faic.components
+import faic.trainer
+from faic.colorize import colorize_photo
+from faic.components import find_components
+from faic.core import make_generator, pick_device
+from faic.presets import COMPONENTS, PRESETS, default_sampling, make_colorizer, make_trainee
+from faic.resume import load_weights
+from faic.selection import find_run, last_day
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 CPU = pick_device("cpu")
@@ -46,7 +49,7 @@ def interrupt(monkeypatch, owner, call, work):
     """Do some work, with a checkpoint whenever the loop asks whether it is time for one, until Ctrl-C at a call of the losses."""
     calls = []
 
-    class Trainer(faic.study.Trainer):
+    class Trainer(faic.trainer.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, save_minutes=0, **kwargs)
 
@@ -57,7 +60,7 @@ def interrupt(monkeypatch, owner, call, work):
         yield from original(self, batch, generator)
 
     with monkeypatch.context() as patch:
-        patch.setattr(faic.study, "Trainer", Trainer)
+        patch.setattr(faic.components, "Trainer", Trainer)
         patch.setattr(owner, "losses", losses)
         with pytest.raises(KeyboardInterrupt):
             work()
@@ -65,7 +68,7 @@ def interrupt(monkeypatch, owner, call, work):
 
 def small_parts(monkeypatch, steps):
     """Parts of a few steps, for tests inside this process."""
-    monkeypatch.setitem(PRESETS["smoke"], "parts", {p: (f"{steps} steps", f"{steps} steps") for p in PARTS["coltran"]})
+    monkeypatch.setitem(PRESETS["smoke"], "components", {p: (f"{steps} steps", f"{steps} steps") for p in COMPONENTS["coltran"]})
 
 
 def weights(run):
@@ -77,9 +80,9 @@ def same(ours, theirs):
 
 
 class Judge(torch.nn.Module):
-    """A feature network that costs nothing: the mean colours of four quarters."""
+    """A feature network that costs nothing: the mean colors of four quarters."""
 
-    label, num_features = "quarters", 12
+    network_name, num_features = "quarters", 12
 
     def forward(self, rgb):
         quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
@@ -90,7 +93,7 @@ def colorized(photo, frame="whole", **sampling):
     """A photograph colorized by the newest run of phase 2, as the notebook colorize does it."""
     run = find_run()
     o = run.options
-    sampling = usual_sampling(o["model"], o["preset"]) | sampling
-    parts = find_parts(run, sampling, CPU)
-    trainee = load_weights(make_trainee(o["model"], o["train"], parts=parts), last_day(run)[1])
-    return colorize_photo(make_colorizer(o["model"], trainee, sampling, parts), photo, o["train"]["side"], trainee.gray_kind, generator_for(0), CPU, frame)
+    sampling = default_sampling(o["model"], o["preset"]) | sampling
+    components = find_components(run, sampling, CPU)
+    trainee = load_weights(make_trainee(o["model"], o["train"], components=components), last_day(run)[1])
+    return colorize_photo(make_colorizer(o["model"], trainee, sampling, components), photo, o["train"]["side"], trainee.gray_kind, make_generator(0), CPU, frame)

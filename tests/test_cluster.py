@@ -16,11 +16,16 @@ import pytest
 import torch
 
 import faic.cluster
-from faic.cluster import Job, NotebookJob, arguments, job_row, last_line, local_slots, main, photograph_counts, run_jobs, run_local, study_jobs
-from faic.core import open_run, pick_device, read_runs, runs_dir, write_json
-from faic.data import load_photos
-from faic.presets import PAPER_FID, model_options, variants_of
-from faic.study import baseline_run, describe_status, run_baselines, run_progress, status
+from faic.cluster import NotebookJob, arguments, last_error_line, local_slots, main, run_jobs, run_local
+from faic.components import baseline_run
+from faic.core import pick_device, runs_dir, write_json
+from faic.dataset import load_photos
+from faic.days import run_baselines
+from faic.jobs import Job, job_row, photograph_counts, study_jobs
+from faic.parameters import variants_of
+from faic.presets import PAPER_FID, model_options
+from faic.runs import open_run, read_runs
+from faic.status import describe_status, run_progress, status
 
 submitit = pytest.importorskip("submitit")
 CPU = pick_device("cpu")
@@ -117,9 +122,9 @@ def test_a_failure_says_its_last_line(runs, monkeypatch):
     monkeypatch.setattr(faic.cluster, "run_notebook", stopped)
     with pytest.raises(RuntimeError) as error:
         NotebookJob(study_jobs()[0], runs)()
-    assert last_line(str(error.value)) == "OutOfMemoryError: too small"
+    assert last_error_line(str(error.value)) == "OutOfMemoryError: too small"
     handle = submitit.LocalExecutor(runs / "logs").submit(int, "seven")
-    assert last_line(str(handle.exception())) == "ValueError: invalid literal for int() with base 10: 'seven'"
+    assert last_error_line(str(handle.exception())) == "ValueError: invalid literal for int() with base 10: 'seven'"
 
 
 def test_the_command_names_what_failed_and_its_notebook(runs, monkeypatch, capsys):
@@ -157,7 +162,7 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
     assert list(number) == [j.name for j in jobs] and "phase1-coltran-lr-5e-4" in number
     for job in jobs:
         options = scripts[f"faic-{job.name}"][1]
-        wanted = ":".join([job.dependency, *(number[n] for n in job.waits_for)]) if job.waits_for else None
+        wanted = ":".join([job.dependency, *(number[n] for n in job.depends_on)]) if job.depends_on else None
         assert options.get("dependency") == wanted, job.name
         assert (options["time"], options["partition"], options["account"], options["constraint"], options["mail-type"]) == ("2880", "gpu", "me", "h100", "FAIL")
         assert options["kill-on-invalid-dep"] == "yes" and "requeue" in options and options["signal"] == "USR2@600"
@@ -199,10 +204,10 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
     assert len(jobs) == 3 * 6 + 2
     variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in PAPER_FID["pix2pix"]]
     for seed in (0, 1, 2):
-        assert all(jobs[v].waits_for == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed for v in variants if v.endswith(f"s{seed}"))
+        assert all(jobs[v].depends_on == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed for v in variants if v.endswith(f"s{seed}"))
         last = jobs[f"phase2-pix2pix-s{seed}"]
-        assert last.waits_for == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
-    assert jobs["inference_time"].waits_for == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2)) and jobs["results"].parameters["seeds"] == 3
+        assert last.depends_on == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
+    assert jobs["inference_time"].depends_on == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2)) and jobs["results"].parameters["seeds"] == 3
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_no_variant_may_be_asked_for():
 
 
 class Judge(torch.nn.Module):
-    label, num_features = "quarters", 12
+    network_name, num_features = "quarters", 12
 
     def forward(self, rgb):
         quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)

@@ -7,10 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from faic import data
+import faic.color
+import faic.dataset
+import faic.photos
+from faic.batches import ordered_batches, training_batches
 from faic.color import scale_lab, scaled_lab
-from faic.core import generator_for, repo_root
-from faic.data import enlarged, list_files, load_photos, ordered_batches, read_photo, training_batches
+from faic.core import make_generator, repo_root
+from faic.dataset import list_files, load_photos, resized_for_crops
+from faic.photos import read_photo
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +23,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def photo(seed=0, size=(90, 70)):
-    "A smooth colour picture."
+    "A smooth color picture."
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.BICUBIC)
 
@@ -43,10 +47,10 @@ def prepared(folder, name, side=32):
     "The prepared set, the manifest's row of one file, and the file's pixels (None where it was left out)."
     photos = load_photos(folder, side)
     row = photos.manifest.set_index('file').loc[name]
-    assert sum(photos.left_out.values()) + len(photos.array) == len(photos.manifest)
+    assert sum(photos.skipped.values()) + len(photos.array) == len(photos.manifest)
     assert len(photos.array) == len(photos.source) >= 40
     if row['status'] != 'used':
-        assert row['row'] == -1 and photos.left_out[row['status']] == 1
+        assert row['row'] == -1 and photos.skipped[row['status']] == 1
         return photos, row, None
     assert photos.source[row['row']] == folder/name
     return photos, row, photos.array[row['row']].astype(int)
@@ -149,7 +153,7 @@ def test_not_an_image(folder):
     (folder/'text.jpg').write_text('I am not a photograph.')
     (folder/'NA').write_bytes(bytes(range(256)))
     photos = load_photos(folder, 32)
-    assert photos.left_out == {'not an image': 2} and {'text.jpg', 'NA'} <= set(photos.manifest['file'])
+    assert photos.skipped == {'not an image': 2} and {'text.jpg', 'NA'} <= set(photos.manifest['file'])
 
 
 def test_drawing_is_never_run(folder):
@@ -179,7 +183,7 @@ def test_not_permitted(folder, monkeypatch):
         def refusing(path, *args, **kw):
             if Path(path).name == 'secret.png': raise PermissionError(13, 'Permission denied', str(path))
             return really_open(path, *args, **kw)
-        monkeypatch.setattr(data, 'open', refusing, raising=False)
+        for module in (faic.photos, faic.dataset): monkeypatch.setattr(module, 'open', refusing, raising=False)
     assert prepared(folder, 'secret.png')[1]['status'] == 'unreadable: PermissionError'
 
 
@@ -187,7 +191,7 @@ def test_what_is_not_a_file(folder):
     os.mkfifo(folder/'pipe.jpg') # opening it would wait for ever
     (folder/'gone.jpg').symlink_to(folder/'nowhere.jpg')
     photos = load_photos(folder, 32)
-    assert photos.left_out == {'not a file': 2}
+    assert photos.skipped == {'not a file': 2}
 
 
 def test_links_hidden_files_and_subfolders(folder):
@@ -216,12 +220,12 @@ def test_folders_that_stand_for_classes_are_shuffled_always_in_the_same_way(fold
         (folder/c).mkdir()
         for i in range(20): photo(100 + i).save(folder/c/f'{i:02}.png')
     photos = load_photos(folder, 32)
-    files = {part: [photos.source[row].relative_to(folder).as_posix() for row in rows] for part, rows in photos.parts.items()}
-    together = sum((files[part] for part in ('train', 'validation', 'test')), [])
+    files = {split: [photos.source[row].relative_to(folder).as_posix() for row in rows] for split, rows in photos.splits.items()}
+    together = sum((files[split] for split in ('train', 'validation', 'test')), [])
     assert together != sorted(together) and sorted(together) == [f for f, _ in list_files(folder)]
     assert together == sorted(together, key=lambda f: hashlib.sha256(f.encode()).hexdigest())
     assert {f[0] for f in files['train']} == {*'abcde0123'} and files['train_phase1'] == files['train'][:70]
-    monkeypatch.setattr(data, 'PAPER_SPLIT', dict(train=100, validation=20, test=20)) # the published split goes by names
+    for module in (faic.photos, faic.dataset): monkeypatch.setattr(module, 'PAPER_SPLIT', dict(train=100, validation=20, test=20)) # the published split goes by names
     published = load_photos(folder, 32, paper_split=True)
     assert [p.relative_to(folder).as_posix() for p in published.source] == sorted(together) and published.folder != photos.folder
     assert load_photos(published.folder, 32, paper_split=True).fingerprint == published.fingerprint
@@ -255,14 +259,15 @@ def test_too_few_says_why(folder):
 
 KILLED = '''
 import sys, time
-from faic import data
-data.CHUNK = 8
-read = data.read_photo
+import faic.dataset
+import faic.photos
+faic.dataset.CHUNK = 8
+read = faic.photos.read_photo
 def slow(path, side, file):
     time.sleep(.02)
     return read(path, side, file)
-data.read_photo = slow
-data.load_photos(sys.argv[1], 32)
+faic.dataset.read_photo = slow
+faic.dataset.load_photos(sys.argv[1], 32)
 '''
 
 def test_resumes_after_kill(folder, tmp_path, monkeypatch):
@@ -281,24 +286,24 @@ def test_resumes_after_kill(folder, tmp_path, monkeypatch):
     with open(log, 'a') as f: f.write('{"file": "half a li')
     with open(log.with_name('pixels.u8'), 'ab') as f: f.write(b'half an image')
 
-    again, read = [], data.read_photo
-    monkeypatch.setattr(data, 'read_photo', lambda path, side, file: again.append(file) or read(path, side, file))
+    again, read = [], faic.photos.read_photo
+    monkeypatch.setattr(faic.dataset, 'read_photo', lambda path, side, file: again.append(file) or read(path, side, file))
     resumed = load_photos(folder, 32)
     assert 24 <= done < 200 and len(again) == 200 - done
     monkeypatch.setenv('FAIC_RUNS', str(tmp_path/'fresh'))
     fresh = load_photos(folder, 32)
     assert resumed.manifest.equals(fresh.manifest) and (resumed.array == fresh.array).all() and len(fresh.array) == 199
-    assert resumed.fingerprint == fresh.fingerprint and resumed.left_out == {'not an image': 1}
+    assert resumed.fingerprint == fresh.fingerprint and resumed.skipped == {'not an image': 1}
 
 
 def test_enlarging_resumes(folder, monkeypatch):
     photos = load_photos(folder, 32)
-    whole = np.array(enlarged(photos, 40))
+    whole = np.array(resized_for_crops(photos, 40))
     path = next(photos.folder.glob('train-40-*.u8'))
     path.with_suffix('.part').write_bytes(path.read_bytes()[:5*3*40**2 + 77])
     path.unlink()
-    assert (enlarged(photos, 40) == whole).all() and len(whole) == 36
-    assert (enlarged(photos, 40, 'train_phase1') == whole[:20]).all()
+    assert (resized_for_crops(photos, 40) == whole).all() and len(whole) == 36
+    assert (resized_for_crops(photos, 40, 'train_phase1') == whole[:20]).all()
 
 
 def test_a_changed_folder_is_prepared_anew(folder):
@@ -322,7 +327,7 @@ def embedded(): return load_photos('embedded', 64)
 
 
 def test_parts_share_no_photograph(embedded):
-    scenes = {p: set(embedded.manifest['file'][embedded.parts[p]].str.split().str[0]) for p in embedded.parts}
+    scenes = {p: set(embedded.manifest['file'][embedded.splits[p]].str.split().str[0]) for p in embedded.splits}
     assert scenes == dict(train={'astronaut', 'coffee', 'rocket', 'china', 'hubble'}, train_phase1={'astronaut', 'coffee', 'rocket'},
                           validation={'chelsea', 'motorcycle'}, test={'flower', 'grace_hopper'})
     assert 'machinery' in embedded.caution and all(n in embedded.credits for n in set.union(*scenes.values()))
@@ -331,12 +336,12 @@ def test_parts_share_no_photograph(embedded):
 
 @pytest.mark.parametrize('gray_kind', ('lab', 'coltran', 'bbdm'))
 def test_batches(embedded, gray_kind):
-    part = embedded.parts['train']
-    batch = next(training_batches(embedded.array[part], part, 6, seed=1, crop=56, gray_kind=gray_kind))
+    split = embedded.splits['train']
+    batch = next(training_batches(embedded.array[split], split, 6, seed=1, crop=56, gray_kind=gray_kind))
     assert batch.keys() == {'index', 'gray', 'rgb'} and batch['index'].dtype == torch.long
     assert batch['gray'].shape == (6, 1, 56, 56) and batch['rgb'].shape == (6, 3, 56, 56)
     assert batch['gray'].dtype == batch['rgb'].dtype == torch.float32
-    assert torch.equal(batch['gray'], data.luma((batch['rgb']*255).round().to(torch.uint8), gray_kind))
+    assert torch.equal(batch['gray'], faic.color.luma((batch['rgb']*255).round().to(torch.uint8), gray_kind))
     for i, rgb in zip(batch['index'], batch['rgb']): # each crop is in the photograph that it names
         crop = (rgb*255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         windows = np.lib.stride_tricks.sliding_window_view(embedded.array[i], (56, 56, 3))[:, :, 0]
@@ -344,8 +349,8 @@ def test_batches(embedded, gray_kind):
 
 
 def test_order_crops_and_flips_do_not_depend_on_the_batch_size_or_the_start(embedded):
-    part = embedded.parts['train'][:30]
-    stream = lambda size, start=0, seed=5: training_batches(embedded.array[part], part, size, seed, crop=48, start_step=start)
+    split = embedded.splits['train'][:30]
+    stream = lambda size, start=0, seed=5: training_batches(embedded.array[split], split, size, seed, crop=48, start_step=start)
     flat = lambda batches: [(i, x) for b in batches for i, x in zip(b['index'].tolist(), b['rgb'])]
     fives, eights = flat(itertools.islice(stream(5), 12)), flat(itertools.islice(stream(8), 8)) # two epochs of each
     assert len(fives) == len(eights) == 60
@@ -383,7 +388,7 @@ def test_a_dropped_iterator_leaves_no_thread(embedded):
 def test_ordered_batches(embedded):
     batches = list(ordered_batches(embedded, 'validation', 20, limit=45))
     index = torch.cat([b['index'] for b in batches])
-    assert [len(b['index']) for b in batches] == [20, 20, 5] and index.tolist() == embedded.parts['validation'][:45].tolist()
+    assert [len(b['index']) for b in batches] == [20, 20, 5] and index.tolist() == embedded.splits['validation'][:45].tolist()
     rgb = (torch.cat([b['rgb'] for b in batches])*255).round().to(torch.uint8)
     assert (rgb.permute(0, 2, 3, 1).numpy() == embedded.array[index]).all()
 
@@ -392,19 +397,19 @@ def test_wrong_arguments(embedded):
     with pytest.raises(ValueError, match='crop is 65'): training_batches(embedded.array, np.arange(len(embedded.array)), 4, 0, crop=65)
     with pytest.raises(ValueError, match='an index for each'): training_batches(embedded.array, np.arange(3), 4, 0, crop=64)
     with pytest.raises(ValueError, match='coltran'): training_batches(embedded.array[:3], np.arange(3), 4, 0, crop=64, gray_kind='hsv')
-    with pytest.raises(ValueError, match='at least the photographs'): enlarged(embedded, 32)
+    with pytest.raises(ValueError, match='at least the photographs'): resized_for_crops(embedded, 32)
 
 
 def test_the_loader_is_faster_than_the_official_steps(tmp_path):
     "The same photographs to the same tensors, L and ab scaled; CPU time of one core. 3.8 to 4.3 times as fast on the fastest processor that was met."
     from skimage.color import rgb2lab
     photos = load_photos('embedded', 256)
-    array, rows = enlarged(photos, 286, 'train_phase1'), photos.parts['train_phase1']
+    array, rows = resized_for_crops(photos, 286, 'train_phase1'), photos.splits['train_phase1']
     paths = [tmp_path/f'{i}.jpg' for i in rows[::3]]
     for path, i in zip(paths, rows[::3]): Image.fromarray(photos.array[i]).save(path, quality=92)
 
     def official(path):
-        g = generator_for(str(path))
+        g = make_generator(str(path))
         image = Image.open(path).convert('RGB').resize((286, 286), Image.BICUBIC)
         left, top = torch.randint(31, (2,), generator=g).tolist()
         image = image.crop((left, top, left + 256, top + 256))

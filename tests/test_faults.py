@@ -9,16 +9,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from faic.core import Budget, drawn, open_run, pick_device, read_json
-from faic.study import in_halves
-from faic.train import Trainer, TrainingStopped, train_day
+from faic.core import Budget, pick_device, read_json, sample_per_image
+from faic.evaluate import retry_on_oom
+from faic.resume import TrainingStopped
+from faic.runs import open_run
+from faic.trainer import Trainer, train_day
 
 PHOTOGRAPHS = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
 OPTIONS = dict(batch_size=4, optimizer="adam", lr=0.01, beta1=0.9, beta2=0.999, schedule="half", crop=8, flip=True, seed=0)
 
 
 class Wide:
-    """A trainee of 256 KiB, so that its checkpoints can fill a small disk; it learns the mean colour, with noise."""
+    """A trainee of 256 KiB, so that its checkpoints can fill a small disk; it learns the mean color, with noise."""
 
     gray_kind = "lab"
 
@@ -26,14 +28,14 @@ class Wide:
         self.net, self.calls, self.at, self.do = nn.Linear(1, 2**16, bias=False), 0, at, do
         nn.init.zeros_(self.net.weight)
 
-    def parts(self):
+    def networks(self):
         return {"net": self.net}
 
     def losses(self, batch, generator):
         self.calls += 1
         if self.calls == self.at:
             self.do()
-        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * drawn(torch.rand, (len(batch["index"]), 1), generator)
+        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * sample_per_image(torch.rand, (len(batch["index"]), 1), generator)
         yield "net", (self.net(torch.ones(1, 1)) - target).square().mean()
 
 
@@ -104,9 +106,9 @@ def test_a_folder_that_became_read_only_keeps_its_days(tmp_path, monkeypatch, wh
         remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True, capture_output=True)
         t = trainer(disk, monkeypatch)
         train_day(t, 1)
-        from faic.train import _CLAIMED
+        from faic.resume import _LOCKS
 
-        _CLAIMED.pop(t.run.path.resolve() / "lock").close()
+        _LOCKS.pop(t.run.path.resolve() / "lock").close()
         remount("ro")
         with pytest.raises(TrainingStopped, match=r"cannot be written \(Read-only file system\); make it writable, or name another place"):
             trainer(disk, monkeypatch)
@@ -140,10 +142,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
 def test_too_little_memory_is_met_by_pieces(tmp_path, monkeypatch, whole):
     """Stopped by an allocator that has not enough, the run goes on in two pieces and keeps its days."""
     t = trainer(tmp_path / "runs", monkeypatch, Wide(at=60, do=lambda: torch.empty(2**60, dtype=torch.uint8)))
-    with pytest.raises(TrainingStopped, match="step 60: out of memory on cpu. Start again with -p pieces 2.*Last checkpoint: last.pt, step 50"):
+    with pytest.raises(TrainingStopped, match="step 60: out of memory on cpu. Start again with -p micro_batches 2.*Last checkpoint: last.pt, step 50"):
         train(t)
     assert read_json(t.run.path / "error.json")["error"] == "TrainingStopped"
-    first, second = train(trainer(tmp_path / "runs", monkeypatch, pieces=2))
+    first, second = train(trainer(tmp_path / "runs", monkeypatch, micro_batches=2))
     assert same([first], whole[:1])
     torch.testing.assert_close(load_file(second), whole[1], rtol=1e-5, atol=1e-6)
 
@@ -158,11 +160,11 @@ def test_an_evaluation_that_does_not_fit_is_cut_in_halves():
         return gray.expand(-1, 3, -1, -1) + torch.stack([torch.rand(1, 1, 1, generator=g) for g in generators])
 
     gray, seeds = torch.rand(10, 1, 4, 4), lambda: [torch.Generator().manual_seed(i) for i in range(10)]
-    halves = in_halves(colorize, gray, seeds())
+    halves = retry_on_oom(colorize, gray, seeds())
     assert sizes == [10, 5, 2, 3, 5, 2, 3]
     assert torch.equal(halves, torch.cat([colorize(gray[i : i + 1], [g]) for i, g in enumerate(seeds())]))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        in_halves(lambda gray, generators: torch.empty(2**60, dtype=torch.uint8), gray, seeds())
+        retry_on_oom(lambda gray, generators: torch.empty(2**60, dtype=torch.uint8), gray, seeds())
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_no_litter(tmp_path, monkeypatch, whole):

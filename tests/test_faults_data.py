@@ -14,10 +14,15 @@ import torch
 from PIL import Image
 
 import faic.bbdm
-from faic import data
-from faic.core import Budget, open_run, read_runs, runs_dir
-from faic.data import enlarged, latent_batches, load_photos, training_batches, verify
-from faic.study import data_name, evaluate, gray_baseline, results_folder, study_run
+import faic.dataset
+import faic.photos
+from faic.batches import latent_batches, training_batches
+from faic.core import Budget, runs_dir
+from faic.dataset import load_photos, resized_for_crops, verify
+from faic.days import study_run
+from faic.evaluate import evaluate, gray_baseline
+from faic.runs import open_run, read_runs
+from faic.study import data_name, results_folder
 
 CPU, SIDE = torch.device("cpu"), 32
 PHOTO = 3 * SIDE**2  # bytes
@@ -109,7 +114,7 @@ def test_a_changed_folder_that_no_run_needs_is_prepared_anew_and_said(folder, ca
 def test_a_folder_prepared_in_the_order_of_names_goes_on_as_data_and_is_said(folder, monkeypatch, capsys):
     """As versions did that shuffled nothing."""
     with monkeypatch.context() as m:
-        m.setattr(data, "shuffled", sorted)
+        m.setattr(faic.dataset, "hash_order", sorted)
         first = load_photos(folder, SIDE)
     run_with(first)
     second = load_photos(folder, SIDE)
@@ -129,8 +134,8 @@ def test_same_size_other_content(folder):
 
 
 def test_only_files_of_another_time_are_read_again_and_once(folder, monkeypatch):
-    first, read, original = load_photos(folder, SIDE), [], data.read_photo
-    monkeypatch.setattr(data, "read_photo", lambda path, side, file: read.append(file) or original(path, side, file))
+    first, read, original = load_photos(folder, SIDE), [], faic.photos.read_photo
+    monkeypatch.setattr(faic.dataset, "read_photo", lambda path, side, file: read.append(file) or original(path, side, file))
     for name in ("03.bmp", "30.bmp"):
         os.utime(folder / name)
     for wanted in (["03.bmp", "30.bmp"], []):
@@ -148,13 +153,13 @@ def make_older(photos):
 
 def test_folders_prepared_by_older_versions(folder, monkeypatch):
     first = load_photos(folder, SIDE)
-    big = np.array(enlarged(first, 40))
+    big = np.array(resized_for_crops(first, 40))
     make_older(first)
-    monkeypatch.setattr(data, "_append", None)  # nothing is prepared again
-    monkeypatch.setattr(data, "_make_rows", None)
+    monkeypatch.setattr(faic.dataset, "_append", None)  # nothing is prepared again
+    monkeypatch.setattr(faic.dataset, "_make_rows", None)
     for where in (folder, first.folder):
         photos = load_photos(where, SIDE)
-        assert photos.fingerprint == first.fingerprint and (enlarged(photos, 40) == big).all()
+        assert photos.fingerprint == first.fingerprint and (resized_for_crops(photos, 40) == big).all()
     save(folder, 77, "05.bmp")
     with pytest.raises(ValueError, match=r"changed, with the same size: 1 \(05.bmp\)"):
         load_photos(folder, SIDE)
@@ -236,25 +241,25 @@ def test_a_cut_manifest_is_an_error(folder):
 def test_verify_finds_one_wrong_row_which_is_then_repaired(folder):
     photos = load_photos(folder, SIDE)
     name = f"train-40-{photos.fingerprint[:6]}.u8"
-    whole, big = np.array(photos.array), np.array(enlarged(photos, 40))
+    whole, big = np.array(photos.array), np.array(resized_for_crops(photos, 40))
     assert verify(photos) == {"pixels.u8": [], name: []}
     overwrite(photos.folder / "pixels.u8", 17, rows=1)
     overwrite(photos.folder / name, 35, 3 * 40**2, rows=1)
     assert verify(photos) == {"pixels.u8": [17], name: [35]}
     again = load_photos(folder, SIDE)
-    assert (again.array == whole).all() and (enlarged(again, 40) == big).all() and verify(again) == {"pixels.u8": [], name: []}
+    assert (again.array == whole).all() and (resized_for_crops(again, 40) == big).all() and verify(again) == {"pixels.u8": [], name: []}
 
 
 @pytest.mark.parametrize("damage", [lambda p: cut(p, 5, 3 * 40**2), lambda p: overwrite(p, 5, 3 * 40**2), lambda p: p.write_bytes(b"")])
 def test_a_damaged_enlarged_array_is_made_again_from_the_first_wrong_row(folder, damage, monkeypatch, capsys):
     photos = load_photos(folder, SIDE)
-    whole = np.array(enlarged(photos, 40))
+    whole = np.array(resized_for_crops(photos, 40))
     (path,) = photos.folder.glob("train-40-*.u8")
     damage(path)
     kept, work = path.stat().st_size > 0, []
-    original = data._in_chunks
-    monkeypatch.setattr(data, "_in_chunks", lambda w, items, done, desc: work.append(len(items) if "enlarging" in desc else 0) or original(w, items, done, desc))
-    assert (enlarged(photos, 40) == whole).all() and "is damaged" in capsys.readouterr().out
+    original = faic.dataset._in_chunks
+    monkeypatch.setattr(faic.dataset, "_in_chunks", lambda w, items, done, desc: work.append(len(items) if "enlarging" in desc else 0) or original(w, items, done, desc))
+    assert (resized_for_crops(photos, 40) == whole).all() and "is damaged" in capsys.readouterr().out
     assert sum(work) == (36 - 5 if kept else 36)
     assert verify(photos)[path.name] == []
 
@@ -284,8 +289,8 @@ def test_a_disk_that_fills_up_while_preparing(folder, small_disk, monkeypatch):
     wanted = load_photos(folder, SIDE)
     disk = small_disk("256k")
     monkeypatch.setenv("FAIC_RUNS", str(disk / "runs"))
-    monkeypatch.setattr(data, "CHUNK", 8)
-    filler, original = disk / "filler", data.read_photo
+    monkeypatch.setattr(faic.dataset, "CHUNK", 8)
+    filler, original = disk / "filler", faic.photos.read_photo
     late = wanted.manifest["file"].iloc[30]  # of 40; photographs are read a few chunks ahead of what is written
 
     def read(path, side, file):
@@ -294,36 +299,36 @@ def test_a_disk_that_fills_up_while_preparing(folder, small_disk, monkeypatch):
         return original(path, side, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_photo", read)
+        patch.setattr(faic.dataset, "read_photo", read)
         with pytest.raises(OSError, match=r"needed up to 0.1 MB, and the disk of .* filled up \(0.0 MB free now\). What is done is kept: make room"):
             load_photos(folder, SIDE)
     assert not list(runs_dir().glob("*/manifest.csv")), "half an array is not a whole one"
     filler.unlink()
     again = []
-    monkeypatch.setattr(data, "read_photo", lambda path, side, file: again.append(file) or original(path, side, file))
+    monkeypatch.setattr(faic.dataset, "read_photo", lambda path, side, file: again.append(file) or original(path, side, file))
     photos = load_photos(folder, SIDE)
     assert photos.fingerprint == wanted.fingerprint and (photos.array == wanted.array).all() and 0 < len(again) < 40
 
 
 def test_a_disk_that_fills_up_while_enlarging(folder, small_disk, monkeypatch):
-    whole = np.array(enlarged(load_photos(folder, SIDE), 60))  # 389 kB
+    whole = np.array(resized_for_crops(load_photos(folder, SIDE), 60))  # 389 kB
     disk = small_disk("720k")
     monkeypatch.setenv("FAIC_RUNS", str(disk / "runs"))
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(faic.dataset, "CHUNK", 8)
     photos, filler = load_photos(folder, SIDE), disk / "filler"
     filler.write_bytes(bytes(300_000))
     with pytest.raises(OSError, match=r"enlarging photos to 60 needs up to 0.4 MB, and .* has 0.\d MB free"):
-        enlarged(photos, 60)
+        resized_for_crops(photos, 60)
     usage = shutil.disk_usage(disk)
     with monkeypatch.context() as patch:
-        patch.setattr(data.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+        patch.setattr(faic.dataset.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
         with pytest.raises(OSError, match="enlarging photos to 60 needed up to 0.4 MB, and the disk of .* filled up"):
-            enlarged(photos, 60)
+            resized_for_crops(photos, 60)
     assert not list(photos.folder.glob("train-60-*.u8"))
     filler.unlink()
-    monkeypatch.setattr(data, "_in_chunks", lambda work, items, *rest, original=data._in_chunks: original(work, seen.append(len(items)) or items, *rest))
+    monkeypatch.setattr(faic.dataset, "_in_chunks", lambda work, items, *rest, original=faic.dataset._in_chunks: original(work, seen.append(len(items)) or items, *rest))
     seen = []
-    assert (enlarged(photos, 60) == whole).all() and 0 < seen[-1] < 36, "what is done is kept"
+    assert (resized_for_crops(photos, 60) == whole).all() and 0 < seen[-1] < 36, "what is done is kept"
 
 
 def test_a_read_only_folder_of_photographs_is_fine_and_read_only_runs_say_so(folder, small_disk, monkeypatch):
@@ -339,7 +344,7 @@ def test_a_read_only_folder_of_photographs_is_fine_and_read_only_runs_say_so(fol
     monkeypatch.setenv("FAIC_RUNS", str(place / "runs"))
     again = load_photos(disk / "photos", SIDE)
     assert again.fingerprint == photos.fingerprint, "what is prepared needs no writing"
-    for work in (lambda: load_photos(disk / "photos", 16), lambda: enlarged(again, 40), lambda: run_with(again)):
+    for work in (lambda: load_photos(disk / "photos", 16), lambda: resized_for_crops(again, 40), lambda: run_with(again)):
         with pytest.raises(OSError, match=f"{place}.* cannot be written .*Read-only file system.*FAIC_RUNS"):
             work()
 
@@ -385,7 +390,7 @@ def test_no_workers_is_an_error():
 
 
 class Judge(torch.nn.Module):
-    label, num_features = "quarters", 12
+    network_name, num_features = "quarters", 12
     images = 0
 
     def forward(self, rgb):
@@ -402,9 +407,9 @@ def test_the_real_photographs_are_looked_at_once_and_again_where_that_was_damage
             os.truncate(kept, 300)
         if damage == "garbage":
             kept.write_bytes(b"x" * 300)
-        judge = Judge()
-        rows.append(evaluate(gray_baseline, photos, "test", judge)[0]["photograph"])
-        counts.append(judge.images)
+        feature_net = Judge()
+        rows.append(evaluate(gray_baseline, photos, "test", feature_net)[0]["photograph"])
+        counts.append(feature_net.images)
         assert ("looking at the photographs again" in capsys.readouterr().out) == bool(damage)
     assert counts == [6, 2, 4, 4], "two colorized, two real of the test and two of the validation part"
     same = lambda row: {k: v for k, v in row.items() if k != "evaluation_seconds"}

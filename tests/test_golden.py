@@ -20,16 +20,25 @@ import numpy as np
 import pytest
 import torch
 
-from faic.bbdm import (STATISTICS, Bridge, Denoiser, bbdm_colorizer, bridge_target, load_bbdm, predict_x0, sampling_steps, save_bbdm, walk_back)
+from faic.axial import ConditioningConfig
+from faic.bbdm import Denoiser, bbdm_colorizer
+from faic.bbdm_checkpoints import STATISTICS, load_bbdm, save_bbdm
+from faic.bridge import Bridge, bridge_target, p_sample_loop, predict_x0, sampling_timesteps
+from faic.checkpoints import safe_load
 from faic.color import lab_to_rgb, luma, rgb_to_lab, scale_lab, truncate_uint8, unscale_lab
-from faic.coltran import (AVERAGE, Colorizer, ColTran, Conditions, RowBuffers, Upsampler, area, bits, count_all, draw_pixels, enlarge, load_coltran, make_sampler,
-                          official_colorizer, official_layout, official_state, pixels_of, prepare_row, read_tf_checkpoint, recounted, sample_plain, square,
-                          summarize_row, symbols_of, tensor_places, upsample)
-from faic.core import Budget, Run
+from faic.coltran import (ColTran, Colorizer, Upsampler, bins_to_rgb, bits_per_symbol, center_crop_resize, count_all,
+                          resize_area, rgb_to_bins, upsample_nearest)
+from faic.coltran_checkpoints import load_coltran, official_colorizer, official_layout, official_state, renumber_layers
+from faic.coltran_sampler import (RowBuffers, make_cached_sampler, outer_decode_row, prepare_row, sample_naive,
+                                  sample_row, upsample)
+from faic.core import Budget
 from faic.layers import UNet, timestep_embedding
-from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, official_names, unet_of
-from faic.train import Trainer, official_linear, settle, train_step
-from faic.vqgan import VQModel, ldm_model, load_ldm, read_safely, save_ldm, sizes_of
+from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, load_unet, official_names
+from faic.runs import Run
+from faic.tf_checkpoints import EMA_SUFFIX, read_tf_checkpoint, tensor_places
+from faic.train import official_linear, settle, train_step
+from faic.trainer import Trainer
+from faic.vqgan import VQModel, infer_config, ldm_model, load_ldm, save_ldm
 
 TESTS = Path(__file__).parent
 DEVICE = torch.device(os.environ.get("FAIC_GOLDEN_DEVICE", "cpu"))
@@ -67,7 +76,7 @@ class Golden:
         return name in self.arrays
 
     def G(self):
-        return unet_of(self.folder / "latest_net_G.pth").eval().to(DEVICE)
+        return load_unet(self.folder / "latest_net_G.pth").eval().to(DEVICE)
 
     def D(self):
         c = self.config
@@ -175,7 +184,7 @@ def test_gan_losses(pix2pix, mode):
 def test_three_training_steps(pix2pix):
     model = Pix2Pix(dropout=0)
     model.G, model.D = pix2pix.G().train(), pix2pix.D().train()
-    parts = model.parts()
+    parts = model.networks()
     optimizers = {n: torch.optim.Adam(p.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n, p in parts.items()}
     A, B = pix2pix["A"], pix2pix["B"]
     batches = [(A, B), (A.flip(3), B.flip(3)), (-A, B.flip(2))]
@@ -206,7 +215,7 @@ def test_three_training_steps(pix2pix):
     close(model.D.conv[4].bias, pix2pix["after3_D_b_last"], 7e-4)
 
 
-def test_data_and_colour(pix2pix):
+def test_data_and_color(pix2pix):
     rgb = pix2pix["rgb_u8"].permute(2, 0, 1)[None].double() / 255
     lab = rgb_to_lab(rgb)
     close(lab[0].permute(1, 2, 0), pix2pix["lab_f32"], 1e-4)
@@ -260,8 +269,8 @@ def network(config):
     if "decoder" not in model:
         return Upsampler(model["name"].split("_")[0], *size, model["hidden_size"], model["num_heads"], model["ff_size"], model["num_encoder_layers"])
     e, d = model["encoder"], model["decoder"]
-    conditions = Conditions("".join(t for t in "qkv" if d[f"cond_att_{t}"]), d["cond_att_scale"], d["cond_att_act"], d["cond_mlp"] or "", d["cond_mlp_act"],
-                            d["cond_ln_sp_ave"] if d["cond_ln"] else "", d["cond_ln_seq"], d["cond_ln_act"])
+    conditions = ConditioningConfig("".join(t for t in "qkv" if d[f"cond_att_{t}"]), d["cond_att_scale"], d["cond_att_act"], d["cond_mlp"] or "", d["cond_mlp_act"],
+                                    d["cond_ln_sp_ave"] if d["cond_ln"] else "", d["cond_ln_seq"], d["cond_ln_act"])
     return Colorizer(*size, model["hidden_size"], d["num_heads"], d["ff_size"], e["num_encoder_layers"], d["num_outer_layers"], d["num_inner_layers"],
                      e["num_heads"], e["ff_size"], conditions, d["skip"], "encoder" in model["stage"])
 
@@ -282,7 +291,7 @@ class Case:
         """The official arrays: from a file or, where the set has none, made by the recipe, for which the other file tells the names."""
         if (self.folder / f"{self.key}_variables.npz").exists():
             return self.load("variables")
-        names = recounted(str(n) for n in self.load("io")["variable_names"])
+        names = renumber_layers(str(n) for n in self.load("io")["variable_names"])
         return {names[n]: procedural(names[n], shape, self.config["weight_seed"]) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
 
     def net(self):
@@ -343,20 +352,20 @@ def top_gap(logits):
 @torch.no_grad()
 def check_teacher_forcing(net, golden):
     rgb = channels_first(golden["rgb"])
-    gray, labels = gray_of(rgb), symbols_of(rgb)
+    gray, labels = gray_of(rgb), rgb_to_bins(rgb)
     close(gray[..., None], golden["gray"], 0)
     close(labels, golden["labels"], 0)
     z = net.encode(gray)
     out = net(z, labels)
-    assert not out["upper"][:, 0].any()
-    assert compare(golden, LOGITS, z=z, h_upper=out["upper"], h_inner=out["inner"], dec_logits=out["logits"])
-    losses = dict(loss_auto=bits(out["logits"], labels))
+    assert not out["above"][:, 0].any()
+    assert compare(golden, LOGITS, z=z, h_upper=out["above"], h_inner=out["inner"], dec_logits=out["logits"])
+    losses = dict(loss_auto=bits_per_symbol(out["logits"], labels))
     if net.aux is not None:
         logits = net.aux(z)
-        losses["loss_encoder"] = bits(logits, labels)
+        losses["loss_encoder"] = bits_per_symbol(logits, labels)
         losses["total_loss_099_001"] = 0.99 * losses["loss_auto"] + 0.01 * losses["loss_encoder"]
         compare(golden, LOGITS, enc_logits=logits)
-        close(pixels_of(logits.argmax(-1)).movedim(1, -1), golden["parallel_image"], 0)
+        close(bins_to_rgb(logits.argmax(-1)).movedim(1, -1), golden["parallel_image"], 0)
     compare_losses(golden, **losses)
 
 
@@ -364,10 +373,10 @@ def check_teacher_forcing(net, golden):
 def check_greedy(net, golden):
     """Greedy symbols of the plain and of the fast sampler, exactly; float64 may not change a symbol either."""
     gray, symbols = tensor(golden["gray"])[..., 0].long(), tensor(golden["argmax_bins"]).long()
-    plain = sample_plain(net, gray, temperature=0)
+    plain = sample_naive(net, gray, temperature=0)
     close(plain["symbols"], symbols, 0)
-    close(pixels_of(plain["symbols"]).movedim(1, -1), golden["argmax_image"], 0)
-    close(make_sampler(net, len(gray), temperature=0)(gray), symbols, 0)
+    close(bins_to_rgb(plain["symbols"]).movedim(1, -1), golden["argmax_image"], 0)
+    close(make_cached_sampler(net, len(gray), temperature=0)(gray), symbols, 0)
     probabilities = plain["logits"].softmax(-1)
     compare(golden, PROBABILITIES, argmax_proba=probabilities)
     compare(golden, LOGITS, argmax_logit_gap=top_gap(plain["logits"]))
@@ -375,8 +384,8 @@ def check_greedy(net, golden):
         forced = net(net.encode(gray), symbols)["logits"].softmax(-1)
         close((forced - probabilities).abs().max(), golden["teacher_forced_vs_sampler_max_dproba"], PROBABILITIES)
     double = net.double()
-    close(sample_plain(double, gray, temperature=0)["symbols"], symbols, 0)
-    close(make_sampler(double, len(gray), temperature=0)(gray), symbols, 0)
+    close(sample_naive(double, gray, temperature=0)["symbols"], symbols, 0)
+    close(make_cached_sampler(double, len(gray), temperature=0)(gray), symbols, 0)
 
 
 @pytest.mark.parametrize("case", cases("_colorizer"))
@@ -400,14 +409,14 @@ def test_coltran_upsampler(case):
         coarse = rgb // 32
         compare(golden, 0, bits=coarse.movedim(1, -1))
     else:
-        low = area(rgb, rgb.shape[2] // 4, rgb.shape[3] // 4)
-        coarse = enlarge(low)
+        low = resize_area(rgb, rgb.shape[2] // 4, rgb.shape[3] // 4)
+        coarse = upsample_nearest(low)
         compare(golden, 0, low=low.movedim(1, -1), low_up=coarse.movedim(1, -1))
     channel, images = tensor(golden["channel_index"]).long(), torch.arange(len(rgb), device=DEVICE)
     train = net(coarse[images, channel], channel, gray)
     each = torch.stack([net(coarse[:, c], torch.full((len(rgb),), c, device=DEVICE), gray) for c in range(3)], 3)
     compare(golden, LOGITS, **{f"logits_train{strided}": train[:, ::step, ::step, None], f"logits_eval{strided}": each[:, ::step, ::step]})
-    compare_losses(golden, loss_train=bits(train, rgb[images, channel]), loss_eval=bits(each, rgb.movedim(1, -1)))
+    compare_losses(golden, loss_train=bits_per_symbol(train, rgb[images, channel]), loss_eval=bits_per_symbol(each, rgb.movedim(1, -1)))
     sure = torch.tensor(golden["argmax_logit_gap"]).float() >= TIE
     for ours in (each.argmax(-1), upsample(net, coarse if net.kind == "color" else low, gray).movedim(1, -1)):
         close(ours[sure], golden["argmax"][sure.numpy()], 0)
@@ -419,11 +428,11 @@ def test_coltran_end_to_end(found):
     folder, name = found
     golden = dict(np.load(folder / f"{name}_end_to_end.npz"))
     nets = [Case(folder, f"{name}_{network}").net() for network in ("colorizer", "color_upsampler", "spatial_upsampler")]
-    rgb = square(channels_first(golden["image"][None]), golden["gray"].shape[1])
-    gray, gray_low = gray_of(rgb), gray_of(area(rgb, *golden["gray_low"].shape[1:3]))
-    stage1 = pixels_of(make_sampler(nets[0], 1, temperature=0)(gray_low))
+    rgb = center_crop_resize(channels_first(golden["image"][None]), golden["gray"].shape[1])
+    gray, gray_low = gray_of(rgb), gray_of(resize_area(rgb, *golden["gray_low"].shape[1:3]))
+    stage1 = bins_to_rgb(make_cached_sampler(nets[0], 1, temperature=0)(gray_low))
     stage2 = upsample(nets[1], stage1 // 32, gray_low)
-    ours = dict(gray=gray[:, None], gray_low=gray_low[:, None], stage1=stage1, stage2=stage2, stage2_up=enlarge(stage2), final=upsample(nets[2], stage2, gray))
+    ours = dict(gray=gray[:, None], gray_low=gray_low[:, None], stage1=stage1, stage2=stage2, stage2_up=upsample_nearest(stage2), final=upsample(nets[2], stage2, gray))
     for n, image in ours.items():
         close(image.movedim(1, -1), golden[n], 0)
 
@@ -433,8 +442,8 @@ def test_coltran_gradients(found):
     folder, name = found
     case, golden = Case(folder, f"{name}_colorizer"), dict(np.load(folder / f"{name}_colorizer_gradients.npz"))
     net, rgb = case.net(), channels_first(np.load(folder / f"{name}_train_io.npz")["batches"][0])
-    z, symbols = net.encode(gray_of(rgb)), symbols_of(rgb)
-    (0.99 * bits(net(z, symbols)["logits"], symbols) + 0.01 * bits(net.aux(z), symbols)).backward()
+    z, symbols = net.encode(gray_of(rgb)), rgb_to_bins(rgb)
+    (0.99 * bits_per_symbol(net(z, symbols)["logits"], symbols) + 0.01 * bits_per_symbol(net.aux(z), symbols)).backward()
     frozen = {n: np.zeros_like(a) for n, a in case.variables(net).items() if n not in golden}
     expected, trained = official_state(golden | frozen, net), {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
     assert sum(g.numel() for g in trained.values()) == sum(a.size for a in golden.values())
@@ -470,10 +479,10 @@ def test_coltran_training_steps(found, tmp_path):
         trainer.step += 1
         for term, value in zip(("auto", "aux", "net"), losses):
             close_loss(seen[term], value, LOSS)
-        for n, p in trainer.parts["net"].named_parameters():
+        for n, p in trainer.networks["net"].named_parameters():
             tiny[n] |= (p.grad != 0) & (p.grad.abs() < 1e-5) if p.requires_grad else False
     final, average = trained_states(case, folder / f"{name}_train_final_variables.npz")
-    for ours, expected, tolerance, tolerance_of_tiny in ((trainer.parts["net"], final, 1e-5, 2 * len(batches) * lr), (trainer.ema["net"].module, average, 1e-6, 1e-5)):
+    for ours, expected, tolerance, tolerance_of_tiny in ((trainer.networks["net"], final, 1e-5, 2 * len(batches) * lr), (trainer.ema["net"].module, average, 1e-6, 1e-5)):
         for n, p in ours.named_parameters():
             difference = (p.detach() - expected[n].to(DEVICE)).abs()
             assert (difference <= torch.where(tiny[n], tolerance_of_tiny, tolerance)).all(), (n, difference.max().item())
@@ -487,7 +496,7 @@ def test_coltran_checkpoint(found):
     if (keys := folder / f"{path.name}_keys.json").exists():
         assert {k: list(place.shape) for k, place in tensor_places(path)[0].items()} == json.loads(keys.read_text())
     arrays = read_tf_checkpoint(path)
-    for kind, ending in (("variables", ":0"), ("ema", AVERAGE)):
+    for kind, ending in (("variables", ":0"), ("ema", EMA_SUFFIX)):
         if (file := folder / f"{name}_train_final_{kind}.npz").exists():
             golden = dict(np.load(file))
             assert len(golden) and all(np.array_equal(arrays[n.replace(":0", ending)], a) for n, a in golden.items())
@@ -520,7 +529,7 @@ def test_coltran_variables(found):
     with torch.device("meta"):
         net = network(dict(model=golden["config"], height=height, width=width))
     ours = {n: tuple(shape) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
-    assert ours == {n: shapes[official] for n, official in recounted(shapes).items()}
+    assert ours == {n: shapes[official] for n, official in renumber_layers(shapes).items()}
     assert count_all(net) == (golden["total"], golden["trainable"])
 
 
@@ -529,8 +538,8 @@ def test_coltran_preprocessing(found):
     folder, name = found
     golden = dict(np.load(folder / f"preprocess_{name}.npz"))
     image = channels_first(golden["image"][None])
-    ours = dict(square=square(image), graymode_square=square(image[:, :1]))
-    ours |= dict(low=area(ours["square"], *golden["low"].shape[:2]), graymode_low=area(ours["graymode_square"], *golden["low"].shape[:2]))
+    ours = dict(square=center_crop_resize(image), graymode_square=center_crop_resize(image[:, :1]))
+    ours |= dict(low=resize_area(ours["square"], *golden["low"].shape[:2]), graymode_low=resize_area(ours["graymode_square"], *golden["low"].shape[:2]))
     ours["gray_low"] = gray_of(ours["low"])[:, None]
     assert len(ours.keys() & golden.keys()) >= 3
     for n in ours.keys() & golden.keys():
@@ -542,7 +551,7 @@ def paper_size(folder, net, table, seed):
     file = folder / f"variables_{table}.json"
     if not file.exists():
         pytest.skip(f"no {file.name} in {folder}")
-    names = recounted(v["name"] for v in json.loads(file.read_text())["variables"])
+    names = renumber_layers(v["name"] for v in json.loads(file.read_text())["variables"])
     arrays = {names[n]: procedural(names[n], shape, seed) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
     net.load_state_dict(official_state(arrays, net))
     return net.eval().to(DEVICE), sum(np.abs(a, dtype=np.float64).sum() for a in arrays.values())
@@ -561,12 +570,12 @@ def test_coltran_paper_size_colorizer(found):
     net, total = paper_size(folder, Colorizer(), "colorizer_paper_1layer", 5100)
     assert count_all(net) == tuple(golden["colorizer_num_params"]) and total == pytest.approx(float(golden["colorizer_abs_sum"]), rel=1e-9)
     rgb = channels_first(golden["rgb"])
-    gray, labels = gray_of(rgb), symbols_of(rgb)
+    gray, labels = gray_of(rgb), rgb_to_bins(rgb)
     z = net.encode(gray)
     logits, enc_logits = net(z, labels)["logits"], net.aux(z)
     close(at(logits, golden["positions"]), golden["dec_logits_at"], LOGITS)
     close(at(enc_logits, golden["positions"]), golden["enc_logits_at"], LOGITS)
-    compare_losses(golden, loss_auto=bits(logits, labels), loss_encoder=bits(enc_logits, labels))
+    compare_losses(golden, loss_auto=bits_per_symbol(logits, labels), loss_encoder=bits_per_symbol(enc_logits, labels))
     for ours, name in ((logits, "dec_argmax"), (enc_logits, "enc_argmax")):
         sure = (top_gap(ours)[0] >= TIE).cpu()
         close(ours.argmax(-1)[0][sure], golden[name][sure.numpy()], 0)
@@ -583,9 +592,9 @@ def test_coltran_paper_size_colorizer(found):
     kept, upper = [[z.new_zeros(1, *z.shape[2:0:-1], z.shape[3]) for _ in range(2)] for _ in net.outer[::2]], torch.zeros_like(z[:, 0])
     for r in range(rows):
         prepare_row(s, r, z, upper, terms[0], torch.no_grad)
-        draw_pixels(s)
+        sample_row(s)
         close(s.drawn.T, symbols[r : r + 1], 0)
-        upper = summarize_row(net, r, s.drawn.T, z, terms[1], kept)
+        upper = outer_decode_row(net, r, s.drawn.T, z, terms[1], kept)
 
 
 @pytest.mark.parametrize("found", files("P_paper_size.npz"))
@@ -611,7 +620,7 @@ def test_coltran_paper_size_spatial_upsampler(found):
     net, _ = paper_size(folder, Upsampler("spatial", 256, 256), "spatial_upsampler", 5102)
     assert count_all(net)[0] == golden["spatial_num_params"]
     rgb = channels_first(golden["rgb256"])
-    logits = net(enlarge(area(rgb, 64, 64))[:, 1], tensor([1]), gray_of(rgb))
+    logits = net(upsample_nearest(resize_area(rgb, 64, 64))[:, 1], tensor([1]), gray_of(rgb))
     close(at(logits, golden["positions256"]), golden["spatial_logits_at_channel1"], LOGITS)
     logits = logits[:, ::4, ::4]
     sure = (top_gap(logits)[0] >= TIE).cpu()
@@ -682,7 +691,7 @@ def test_vqgan_checkpoint(vqgan, tmp_path):
     """Read without running what is in it; what belongs to the training is counted; the sizes in the file are those of the configuration."""
     with pytest.raises(pickle.UnpicklingError):
         torch.load(vqgan.file, weights_only=True)
-    state = read_safely(vqgan.file)["state_dict"]
+    state = safe_load(vqgan.file)["state_dict"]
     net = first_stage(vqgan.config)
     assert load_ldm(net, vqgan.file) == sum(n.startswith("loss.") for n in state) > 0
     ours = net.state_dict()
@@ -744,7 +753,7 @@ def unet_options(config):
 
 
 def stage_of(tensors):
-    net = VQModel(**sizes_of(tensors, "the file"))
+    net = VQModel(**infer_config(tensors, "the file"))
     net.load_state_dict(tensors)
     return net.eval()
 
@@ -782,7 +791,7 @@ class BridgeGolden(Golden):
         return model
 
     def variant(self, **changes):
-        """The same model with other options: most arrays are made without normalisation, from the latents after quant_conv."""
+        """The same model with other options: most arrays are made without normalization, from the latents after quant_conv."""
         model = copy.copy(self.model)
         vars(model).update(dict(normalize=False, before_quant_conv=False) | changes)
         return model
@@ -794,7 +803,7 @@ class BridgeGolden(Golden):
     def walk(self, steps, **options):
         """All (x, x0_hat) on the way back from enc_cond with the set's noise."""
         Z, model, small = self["loop_noise"], self.model, self.small()
-        return list(walk_back(lambda x, t: model.net(x, t, small), model.bridge, self["enc_cond"], steps, lambda k: Z[k], **options))
+        return list(p_sample_loop(lambda x, t: model.net(x, t, small), model.bridge, self["enc_cond"], steps, lambda k: Z[k], **options))
 
 
 @pytest.fixture(params=sets("bbdm"), scope="module")
@@ -841,7 +850,7 @@ def test_bbdm_steps(bbdm):
     assert cases
     for name in cases:
         timesteps, count = map(int, name.removeprefix("steps_T").split("_S"))
-        close(sampling_steps(timesteps, count), bbdm[name], 0)
+        close(sampling_timesteps(timesteps, count), bbdm[name], 0)
 
 
 @torch.no_grad()
@@ -886,7 +895,7 @@ def test_bbdm_latents(bbdm):
 @torch.no_grad()
 def test_bbdm_bridge_and_losses(bbdm, objective):
     x0, y, t, noise, bridge = bbdm["enc_x"], bbdm["enc_cond"], bbdm["unet_t"], bbdm["noise"], bbdm.model.bridge
-    x_t, at = bridge.sample(x0, y, t, noise), bridge.at(t)
+    x_t, at = bridge.q_sample(x0, y, t, noise), bridge.at(t)
     target, golden = bridge_target(objective, x0, y, noise, *at), bbdm[f"q_{objective}_x0rec_of_target"]
     close(x_t, bbdm[f"q_{objective}_xt"], PASS)
     close(target, bbdm[f"q_{objective}_target"], PASS)
@@ -918,7 +927,7 @@ def test_bbdm_gradients(bbdm):
 @pytest.mark.parametrize("objective", ["grad", "noise", "ysubx"])
 @torch.no_grad()
 def test_bbdm_way_back(bbdm, objective, eta):
-    steps = sampling_steps(bbdm.model.bridge.timesteps, bbdm.extra["S"])
+    steps = sampling_timesteps(bbdm.model.bridge.timesteps, bbdm.extra["S"])
     close(steps, bbdm["loop_steps"], 0)
     golden, way = bbdm[f"loop_{objective}_eta{eta}"], bbdm.walk(steps, eta=eta, objective=objective)
     close(way[-1][0], golden, 1e-3 * golden.std() if objective == "noise" else LOOP)
@@ -932,7 +941,7 @@ def test_bbdm_way_back(bbdm, objective, eta):
 @pytest.mark.parametrize("ema", [False, True])
 @torch.no_grad()
 def test_bbdm_colorizer(bbdm, ema, monkeypatch):
-    """From the gray image to the colour image as a user calls it, with the set's noise; the end of the walk decodes to the same codes."""
+    """From the gray image to the color image as a user calls it, with the set's noise; the end of the walk decodes to the same codes."""
     model, cond, Z = bbdm.load(ema), bbdm["img_cond"], bbdm["loop_noise"]
     golden, steps = bbdm["sample_image_ema" if ema else "sample_image"], bbdm.extra["S"]
     drawn = iter(Z.flatten(0, 1))
@@ -956,7 +965,7 @@ class GivenNoise:
     """BBDM whose times and noise come with the batch instead of from the loop's generator."""
 
     def __init__(self, model):
-        self.model, self.parts = model, model.parts
+        self.model, self.networks = model, model.networks
 
     def losses(self, batch, generator):
         yield "net", self.model.loss_at(*self.model.ends(batch), batch["t"], batch["noise"])
@@ -968,7 +977,7 @@ class Scripted:
     def __init__(self, weights):
         self.net = torch.nn.ParameterDict({"weights": weights.clone()})
 
-    def parts(self):
+    def networks(self):
         return {"net": self.net}
 
     def losses(self, batch, generator):

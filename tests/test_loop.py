@@ -11,11 +11,17 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import faic.core
+import faic.distributed
+import faic.resume
+import faic.runs
 from faic import core
-from faic.core import Budget, Run, generator_for, pick_device
-from faic.data import Batch
+from faic.batches import Batch
+from faic.core import Budget, make_generator, pick_device
 from faic.pix2pix import Pix2Pix
-from faic.train import Trainer, average_in, day_batches, train_day, train_step, update
+from faic.runs import Run
+from faic.train import average_in, train_step, update
+from faic.trainer import Trainer, day_batches, train_day
 
 sys.path.append(str(Path(__file__).with_name("trials")))
 SIDE, PHOTOGRAPHS = together.SIDE, 10
@@ -34,7 +40,7 @@ def trainer(folder, name, steps, **changes):
 
 
 def weights(trainer):
-    return {f"{n}.{k}": v for n, p in trainer.parts.items() for k, v in p.state_dict().items()}
+    return {f"{n}.{k}": v for n, p in trainer.networks.items() for k, v in p.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", together.TRAINEES)
@@ -49,7 +55,7 @@ def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(t
     train_day(second, 2)
     a, b = weights(whole), weights(second)
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and all(v.dtype != torch.bfloat16 for v in a.values())
-    four = [p for part in whole.parts.values() for p in part.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    four = [p for part in whole.networks.values() for p in part.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in four)
     assert bool(four) == (name in ("pix2pix", "vqgan", "bbdm"))
     losses = train_step(second, next(day_batches(second)))
@@ -62,13 +68,13 @@ def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(t
 
 def test_colors_are_converted_in_full_precision():
     """Whatever autocast says: bfloat16 would round Pix2Pix's target and the gray."""
-    rgb = torch.randint(256, (2, 3, SIDE, SIDE), generator=generator_for("rgb"), dtype=torch.uint8)
+    rgb = torch.randint(256, (2, 3, SIDE, SIDE), generator=make_generator("rgb"), dtype=torch.uint8)
     model, seen = Pix2Pix(SIDE, width=8), []
     model.adversarial_losses = lambda L, ab, masks=None: seen.append((L, ab)) or iter(())
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             batch = Batch(torch.arange(2), rgb, "lab")
-            list(model.losses(batch, generator_for(0)))
+            list(model.losses(batch, make_generator(0)))
             seen[-1] += (batch["gray"],)
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(*seen, strict=True))
 
@@ -78,7 +84,7 @@ def test_an_average_is_torchs_own():
     ours, theirs = AveragedModel(net), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for k in range(4):
         for p in net.parameters():
-            p.data.add_(torch.randn(p.shape, generator=generator_for(k, *p.shape)))
+            p.data.add_(torch.randn(p.shape, generator=make_generator(k, *p.shape)))
         net[1].running_mean += k
         average_in(ours, net, 0.9)
         theirs.update_parameters(net)
@@ -102,7 +108,7 @@ def test_a_rate_that_follows_the_loss_is_never_a_step_late(tmp_path):
 
 def flags(monkeypatch, folder, text):
     (folder / "cpuinfo").write_text(text)
-    monkeypatch.setattr(core, "Path", lambda path: folder / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
+    for module in (faic.core, faic.distributed, faic.runs): monkeypatch.setattr(module, "Path", lambda path: folder / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
 
 
 CPUINFO = {  # text -> is bfloat16 native?
@@ -129,10 +135,10 @@ def four_threads(monkeypatch):
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(core, "USUAL_THREADS", 4)
-    monkeypatch.setattr(core, "_THREADS", {4})
-    monkeypatch.setattr(core, "usable_cores", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr(core, "busy_cores", lambda: 0.9)
+    monkeypatch.setattr(faic.core, "USUAL_THREADS", 4)
+    monkeypatch.setattr(faic.core, "_THREADS", {4})
+    monkeypatch.setattr(faic.core, "usable_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(faic.core, "busy_cores", lambda: 0.9)
     monkeypatch.setattr(core.set_threads, "__defaults__", (4,))
     core.free_cores.cache_clear()
     torch.set_num_threads(4)
@@ -145,7 +151,7 @@ def test_busy_cores_are_left_alone(four_threads, capsys):
     assert core.leave_busy_cores() and torch.get_num_threads() == 3
     assert capsys.readouterr().out.startswith("Other work keeps 1 of 4 cores busy: training uses 3 of 4 threads.")
     core.free_cores.cache_clear()
-    four_threads.setattr(core, "busy_cores", lambda: 0.6)
+    four_threads.setattr(faic.core, "busy_cores", lambda: 0.6)
     assert not core.leave_busy_cores() and torch.get_num_threads() == 4
 
 
@@ -159,13 +165,12 @@ def test_a_number_that_the_user_chose_stays(four_threads):
 
 def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
     """They decide the last bits of its sums. A run of another time keeps its own, too."""
-    import faic.train
-
-    four_threads.setattr(faic.train, "usable_cores", core.usable_cores)
+    
+    four_threads.setattr(faic.resume, "usable_cores", core.usable_cores)
     four_threads.setenv("FAIC_RUNS", str(tmp_path))
     train_day(trainer(tmp_path, "coltran_color", 4), 1)
     assert torch.get_num_threads() == 3
-    four_threads.setattr(core, "busy_cores", lambda: 0.0)
+    four_threads.setattr(faic.core, "busy_cores", lambda: 0.0)
     core.free_cores.cache_clear()
     trainer(tmp_path / "later", "coltran_color", 4)
     assert torch.get_num_threads() == 4
@@ -176,8 +181,8 @@ def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
 def test_the_load_of_the_cores_is_measured(tmp_path, monkeypatch):
     """Of two looks the lower one counts; patient processes (nice), idle time and other cores do not."""
     now, ticks, stat = [0.0], iter([30, 40, 40, 40]), tmp_path / "stat"
-    monkeypatch.setattr(core, "Path", lambda path: stat if path == "/proc/stat" else Path(path))
-    monkeypatch.setattr(core, "usable_cores", lambda: [0, 2])
+    for module in (faic.core, faic.distributed, faic.runs): monkeypatch.setattr(module, "Path", lambda path: stat if path == "/proc/stat" else Path(path))
+    monkeypatch.setattr(faic.core, "usable_cores", lambda: [0, 2])
 
     def write(n):
         rows = ["cpu 9 9 9 9 9 9 9 9", f"cpu0 {n} 7 {n} 500 9 0 0 0", f"cpu1 {9 * n} 0 0 0 0 0 0 0", f"cpu2 0 {n} 5 0 {n} 0 0 {n}", "intr 1 2"]
@@ -191,7 +196,7 @@ def test_the_load_of_the_cores_is_measured(tmp_path, monkeypatch):
         def monotonic():
             return now[0]
 
-    monkeypatch.setattr(core, "time", Clock)
+    monkeypatch.setattr(faic.core, "time", Clock)
     monkeypatch.setattr(core.os, "sysconf", lambda name: 100)
     write(0)
     assert core.busy_cores(0.5) == pytest.approx(3 * (40 - 30) / 100 / 0.5)

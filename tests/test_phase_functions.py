@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from phases import NBS, TINY, Judge
 
-import faic.study
-from faic.core import ParameterError
-from faic.study import run_phase1, run_phase2
+import faic.phases
+from faic.parameters import ParameterError
+from faic.phases import run_phase1, run_phase2
 
 JUPYTER = ("papermill", "nbdev", "IPython", "ipykernel", "nbclient", "nbformat", "fastcore", "execnb")
 
@@ -19,7 +19,7 @@ JUPYTER = ("papermill", "nbdev", "IPython", "ipykernel", "nbclient", "nbformat",
 def quick(tmp_path, monkeypatch):
     """Runs of one's own, and a feature network that costs nothing."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(faic.study, "efficientnet_lite0", lambda device: Judge())
+    monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: Judge())
 
 
 def parameters(notebook):
@@ -66,10 +66,10 @@ import sys
 for name in {JUPYTER}:
     sys.modules[name] = None
 sys.path.insert(0, {str(NBS.parent / "tests")!r})
-import faic.study
+import faic.phases
 from phases import Judge
-faic.study.efficientnet_lite0 = lambda device: Judge()
-print(faic.study.run_phase1("pix2pix", data={str(photographs)!r}, variants="default", budget="1 steps", device="cpu").messages)
+faic.phases.efficientnet_lite0 = lambda device: Judge()
+print(faic.phases.run_phase1("pix2pix", data={str(photographs)!r}, variants="default", budget="1 steps", device="cpu").messages)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ, FAIC_RUNS=str(tmp_path / "runs")))
     assert done.returncode == 0 and "one variant alone wins nothing" in done.stdout, done.stderr[-2000:]

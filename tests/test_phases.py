@@ -12,11 +12,14 @@ from phases import CPU, TINY, Judge, command, copy_runs, papermill, printed, sam
 from PIL import Image
 from safetensors.torch import load_file
 
-from faic.core import Budget, read_runs, runs_dir
-from faic.data import describe, load_photos
-from faic.plots import main_rows
+from faic.components import check_same_data
+from faic.core import Budget, runs_dir
+from faic.dataset import load_photos
+from faic.days import run_baselines, run_days, study_run
+from faic.photos import describe
 from faic.presets import SAMPLING
-from faic.study import crown, lead, refuse_other_data, run_baselines, run_days, study_run
+from faic.runs import primary_rows, read_runs
+from faic.selection import describe_lead, write_winner
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_phase1_chooses_the_lowest_fid(phase1):
 
 def test_phase1_scores_the_baselines(phase1):
     gray, real = (read_runs(phase="phase1", model="baseline", variant=v)[0].metrics().iloc[0] for v in ("gray", "real"))
-    assert gray["FID (EfficientNet-Lite0)"] > 0 and gray["colourfulness"] < 1
+    assert gray["FID (EfficientNet-Lite0)"] > 0 and gray["colorfulness"] < 1
     assert np.isnan(real["FID (EfficientNet-Lite0)"]) and real["unpaired FID (EfficientNet-Lite0)"] > 0
 
 
@@ -77,7 +80,7 @@ def test_another_sampling_is_a_row_of_its_own(phase2, tmp_path, monkeypatch):
     run_days(run, load_photos(), Judge(), dict(batch_norm="running"), CPU)
     steps = run.metrics().groupby("sampling")["step"].apply(list).to_dict()
     assert steps == {"batch_norm=image": [3, 6, 9, 12, 15], "batch_norm=running": [3, 6, 9, 12, 15]}
-    assert main_rows(run)["sampling"].unique().tolist() == ["batch_norm=image"], "the tables use what the study uses"
+    assert primary_rows(run)["sampling"].unique().tolist() == ["batch_norm=image"], "the tables use what the study uses"
     assert all(f.read_bytes() == content for f, content in pictures.items())
 
 
@@ -115,7 +118,7 @@ def test_killed_and_started_again_it_ends_the_same(phase2, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     assert killed.path.name == whole.path.name and not (killed.path / "error.json").exists()
     compared = [c for c in whole.metrics() if "seconds" not in c]
-    pd.testing.assert_frame_equal(killed.metrics()[compared], main_rows(whole)[compared].reset_index(drop=True), check_exact=True)
+    pd.testing.assert_frame_equal(killed.metrics()[compared], primary_rows(whole)[compared].reset_index(drop=True), check_exact=True)
     for day in range(1, 6):
         assert same(*(load_file(r.path / f"day-{day}.safetensors") for r in (killed, whole))), day
 
@@ -130,7 +133,7 @@ def test_a_folder_of_41_photographs_is_enough(tmp_path, monkeypatch):
     photos = load_photos(tmp_path / "few")
     run_baselines("phase1", "smoke", photos, Judge(), CPU)
     runs = [run_days(study_run("phase1", "pix2pix", v, "smoke", 0, photos, Budget(3, "steps"), CPU), photos, Judge(), SAMPLING["pix2pix"], CPU) for v in ("default", "beta1-0.7")]
-    assert "too few images for intervals" in lead(crown(runs))
+    assert "too few images for intervals" in describe_lead(write_winner(runs))
     assert "37 train, 2 validation, 2 test" in describe(photos)
 
 
@@ -169,7 +172,7 @@ def test_failures_compares_with_gray_and_with_the_untrained_self(phase2, tmp_pat
     assert scores["Pix2Pix, untrained"] != scores["Pix2Pix"]
     errors = pd.read_csv(folder / "table_errors.csv", comment="#").set_index("entry")
     assert errors["lightness steps, share"].round(2).tolist() == [1, 1, 1]  # Pix2Pix, gray image, photographs: one lightness
-    assert errors["colour, share of the photograph's"]["gray image"] < 0.01
+    assert errors["color, share of the photograph's"]["gray image"] < 0.01
     figures = {f"{name}.{end}" for name in ("failures_pix2pix", "failures_mean", "figure4_free", "figure8_free") for end in ("png", "pdf")}
     assert figures <= {f.name for f in folder.iterdir()}
 
@@ -186,4 +189,4 @@ def test_other_photographs_are_refused(phase2):
     (run,) = read_runs(phase="phase2", model="pix2pix")
     photos = load_photos("embedded", 32)
     with pytest.raises(ValueError, match="was made with other data"):
-        refuse_other_data(run, photos)
+        check_same_data(run, photos)

@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 
 import faic.bbdm
 import faic.vqgan
-from faic.core import Budget, read_runs, runs_dir
-from faic.data import load_photos
-from faic.presets import PARTS, PRESETS, notebook_parameters
-from faic.study import find_parts, ready_parts, run_days, study_run
+from faic.components import find_components, prepare_components
+from faic.core import Budget, runs_dir
+from faic.dataset import load_photos
+from faic.days import run_days, study_run
+from faic.parameters import notebook_parameters
+from faic.presets import COMPONENTS, PRESETS
+from faic.runs import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +37,11 @@ def bbdm_runs(bbdm, tmp_path, monkeypatch):
 
 def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
     said = printed(bbdm_runs)
-    first, second = (read_runs(phase="part", model="vqgan_f4", of=phase)[0] for phase in ("phase1", "phase2"))
+    first, second = (read_runs(phase="component", model="vqgan_f4", of=phase)[0] for phase in ("phase1", "phase2"))
     assert second.events()[0]["run"] == first.path.name
-    for r, part in ((first, "validation"), (second, "test")):
+    for r, component in ((first, "validation"), (second, "test")):
         m = r.metrics()
-        assert m["part"].tolist() == [part] * 2 and m["lightness"].tolist() == ["model", "photograph"]
+        assert m["split"].tolist() == [component] * 2 and m["lightness"].tolist() == ["model", "photograph"]
         assert 0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0] and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
     (run,) = read_runs(phase="phase2", model="bbdm")
     assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{second.path.name[-6:]}")
@@ -52,8 +55,8 @@ def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
 def test_more_steps_are_rows_of_the_same_run(photographs, bbdm_runs):
     (run,) = read_runs(phase="phase2", model="bbdm")
     kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")}
-    parts = find_parts(run, dict(sample_steps=4, eta=0.0), CPU)
-    run_days(run, load_photos(photographs), Judge(), dict(sample_steps=4, eta=0.0), CPU, parts)
+    components = find_components(run, dict(sample_steps=4, eta=0.0), CPU)
+    run_days(run, load_photos(photographs), Judge(), dict(sample_steps=4, eta=0.0), CPU, components)
     assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {"eta=0, sample_steps=4": 5, "eta=1, sample_steps=3": 5}
     assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
 
@@ -61,33 +64,33 @@ def test_more_steps_are_rows_of_the_same_run(photographs, bbdm_runs):
 def test_an_interrupted_bbdm_ends_the_same(photographs, bbdm, tmp_path, monkeypatch):
     """Stopped between two checkpoints; the whole run is phase 2's of the fixture."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    for folder in (bbdm / "runs").glob("part-*"):
+    for folder in (bbdm / "runs").glob("component-*"):
         shutil.copytree(folder, tmp_path / "runs" / folder.name)
     photos = load_photos(photographs)
 
     def phase2():
-        parts, sampling = ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
-        return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, parts)
+        components, sampling = prepare_components("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+        return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, components)
 
     interrupt(monkeypatch, faic.bbdm.BBDM, 8, phase2)
     run = phase2()
-    assert len(read_runs(phase="part")) == 2
+    assert len(read_runs(phase="component")) == 2
     for day in range(1, 6):
         assert same(*(load_file(runs / run.path.name / f"day-{day}.safetensors") for runs in (tmp_path / "runs", bbdm / "runs"))), day
 
 
 def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, after its discriminator has begun and between two checkpoints."""
-    monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("15 steps", "15 steps")))
+    monkeypatch.setitem(PRESETS["smoke"], "components", dict.fromkeys(COMPONENTS["bbdm"], ("15 steps", "15 steps")))
     photos = load_photos(photographs)
-    parts = lambda: ready_parts("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+    components = lambda: prepare_components("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
-    parts()
-    whole = {r.path.name: weights(r) for r in read_runs(phase="part")}
+    components()
+    whole = {r.path.name: weights(r) for r in read_runs(phase="component")}
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "cut"))
-    interrupt(monkeypatch, faic.vqgan.VQGAN, 15 + 13, parts)
-    parts()
-    again = {r.path.name: weights(r) for r in read_runs(phase="part")}
+    interrupt(monkeypatch, faic.vqgan.VQGAN, 15 + 13, components)
+    components()
+    again = {r.path.name: weights(r) for r in read_runs(phase="component")}
     assert len(whole) == 2 and all(same(again[name], whole[name]) for name in whole)
     assert max(int(w["D.steps"]) for w in whole.values()) == 30 > PRESETS["smoke"]["changes"]["vqgan_f4"]["disc_start"]
 
@@ -96,16 +99,16 @@ def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeyp
 def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypatch):
     """A given first stage, another factor, and no latent space at all."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setitem(PRESETS["smoke"], "parts", dict.fromkeys(PARTS["bbdm"], ("2 steps", "2 steps")))
+    monkeypatch.setitem(PRESETS["smoke"], "components", dict.fromkeys(COMPONENTS["bbdm"], ("2 steps", "2 steps")))
     photos, stage = load_photos(photographs), ""
     if latent == "f4":
         stage = str(tmp_path / "model.ckpt")
         faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage)
-    parts, sampling = ready_parts("bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage)
+    components, sampling = prepare_components("bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage)
     run = study_run("phase1", "bbdm", "default", "smoke", 0, photos, Budget(2, "steps"), CPU, latent, stage)
-    run_days(run, photos, Judge(), sampling, CPU, parts)
+    run_days(run, photos, Judge(), sampling, CPU, components)
     assert run.options["first_stage"].split(":")[0] == dict(f4="given", f8="own", none="")[latent]
-    assert len(read_runs(phase="part")) == (latent == "f8") and len(parts) == (latent != "none")
+    assert len(read_runs(phase="component")) == (latent == "f8") and len(components) == (latent != "none")
     assert run.metrics()["lightness"].tolist() == ["model", "photograph"]
     assert bool(list(runs_dir().glob("data-photographs-*/*.f16"))) == (latent != "none")
 

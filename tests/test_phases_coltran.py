@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 
 import faic.coltran
 from faic.coltran import Colorizer, Upsampler
-from faic.core import check_params, read_runs, runs_dir
-from faic.data import load_photos
-from faic.plots import main_rows
-from faic.presets import PARTS, PRESETS, SAMPLING, UPSAMPLERS, given, official_networks
-from faic.study import find_parts, ready_parts, run_days, run_pretrained, train_part
-from faic.train import TrainingStopped
+from faic.components import find_components, prepare_components, train_component
+from faic.core import runs_dir
+from faic.dataset import load_photos
+from faic.days import run_days, run_pretrained
+from faic.parameters import check_params, external_checkpoints, official_networks
+from faic.presets import COMPONENTS, PRESETS, SAMPLING, UPSAMPLERS
+from faic.resume import TrainingStopped
+from faic.runs import primary_rows, read_runs
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +46,15 @@ def copied_runs(coltran, tmp_path, monkeypatch):
 
 def test_phase2_alone_trains_the_parts_of_both_phases(coltran_runs):
     said = printed(coltran_runs)
-    for part in PARTS["coltran"]:
-        first, second = (read_runs(phase="part", model=part, of=phase)[0] for phase in ("phase1", "phase2"))
-        steps, more = (int(PRESETS["smoke"]["parts"][part][i].split()[0]) for i in (0, 1))
+    for component in COMPONENTS["coltran"]:
+        first, second = (read_runs(phase="component", model=component, of=phase)[0] for phase in ("phase1", "phase2"))
+        steps, more = (int(PRESETS["smoke"]["components"][component][i].split()[0]) for i in (0, 1))
         assert (first.options["data"]["train"], second.options["data"]["train"]) == (36, 66), "phase 1's part sees phase 1's photographs only"
         assert (first.metrics()["step"].item(), second.metrics()["step"].item()) == (steps, more) and 0 < first.metrics()["bits"].item() < 10
         begun = second.events()[0]
         assert (begun["event"], begun["run"], begun["steps"]) == ("continues", first.path.name, steps)
-        assert f"{part}: trained {first.path.name}: {steps} steps on the 36 photographs" in said
-        assert f"{part}: trained, after {steps} steps of phase 1, {second.path.name}: {more} steps on the 66 photographs" in said
+        assert f"{component}: trained {first.path.name}: {steps} steps on the 36 photographs" in said
+        assert f"{component}: trained, after {steps} steps of phase 1, {second.path.name}: {more} steps on the 66 photographs" in said
 
 
 def test_each_day_has_a_row_for_either_lightness(coltran_runs):
@@ -61,19 +63,19 @@ def test_each_day_has_a_row_for_either_lightness(coltran_runs):
     table = run.metrics()
     assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["lightness"].tolist() == ["model", "photograph"] * 5
     (sampling,) = table["sampling"].unique()
-    own = "+".join(read_runs(phase="part", model=p, of="phase2")[0].path.name[-6:] for p in PARTS["coltran"])
+    own = "+".join(read_runs(phase="component", model=p, of="phase2")[0].path.name[-6:] for p in COMPONENTS["coltran"])
     assert sampling == f"norm=row, temperature=1, upsamplers=own:{own}" == run.options["made"]["sampling"]
-    assert main_rows(run)["lightness"].tolist() == ["model"] * 5
+    assert primary_rows(run)["lightness"].tolist() == ["model"] * 5
     assert (table.groupby("lightness")["PSNR"].mean().diff().dropna() > 0).all(), "a copied lightness raises the PSNR"
     assert len({np.load(f).tobytes() for f in run.path.glob("samples/day-*.npy")}) == 5
 
 
 def test_phase1_finds_the_parts_and_trains_only_the_variants(photographs, coltran_runs, tmp_path):
-    before = {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
+    before = {f: f.stat().st_mtime_ns for f in runs_dir().glob("component-*/*")}
     done = papermill("phase1", tmp_path, model="coltran", variants="default,mix-0.9", data=photographs, **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert before == {f: f.stat().st_mtime_ns for f in runs_dir().glob("part-*/*")}
-    assert printed(tmp_path).count(": found part-coltran_") == 2
+    assert before == {f: f.stat().st_mtime_ns for f in runs_dir().glob("component-*/*")}
+    assert printed(tmp_path).count(": found component-coltran_") == 2
     runs = read_runs(phase="phase1", model="coltran")
     assert sorted((r.options["variant"], r.options["train"]["auto_weight"], r.options["train"]["aux_weight"]) for r in runs) == [("default", 0.99, 0.01), ("mix-0.9", 0.9, 0.1)]
     assert sum((r.path / "winner.json").exists() for r in runs) == 1
@@ -83,7 +85,7 @@ def test_a_part_does_not_depend_on_which_notebook_was_first(photographs, coltran
     """Phase 1's notebook and then phase 2's, against phase 2 alone."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos(photographs)
-    first, second = (train_part("coltran_color", phase, "smoke", 0, photos, Judge(), CPU) for phase in ("phase1", "phase2"))
+    first, second = (train_component("coltran_color", phase, "smoke", 0, photos, Judge(), CPU) for phase in ("phase1", "phase2"))
     for run in (first, second):
         alone = load_file(coltran / "runs" / run.path.name / "day-1.safetensors")
         assert same(weights(run), alone)
@@ -94,7 +96,7 @@ def test_an_interrupted_part_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, between two checkpoints; started again, it needs phase 1's run no more."""
     small_parts(monkeypatch, 60)
     photos = load_photos(photographs)
-    train = lambda: train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+    train = lambda: train_component("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
     whole = train()
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "stopped"))
@@ -111,10 +113,10 @@ def test_a_part_whose_beginning_is_gone_says_so(photographs, tmp_path, monkeypat
     small_parts(monkeypatch, 2)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos(photographs)
-    first = train_part("coltran_color", "phase1", "smoke", 0, photos, Judge(), CPU)
+    first = train_component("coltran_color", "phase1", "smoke", 0, photos, Judge(), CPU)
     (first.path / "last.pt").unlink()
     with pytest.raises(TrainingStopped, match="is missing; restore it, or move its folder away"):
-        train_part("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
+        train_component("coltran_color", "phase2", "smoke", 0, photos, Judge(), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +139,11 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(photographs, co
     (run,) = read_runs(phase="phase2", model="coltran")
     kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl")}
     photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
-    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
-    run_days(run, photos, Judge(), sampling, CPU, parts)
+    components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
+    run_days(run, photos, Judge(), sampling, CPU, components)
     rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
     assert list(rows.values()) == [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5]] * 2 and sum("upsamplers=official:" in name for name in rows) == 1
-    assert "upsamplers=own:" in main_rows(run)["sampling"].unique().item(), "the tables use the model's own parts"
+    assert "upsamplers=own:" in primary_rows(run)["sampling"].unique().item(), "the tables use the model's own parts"
     assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
     assert len(list(run.path.glob("samples/day-*.npy"))) == 10
 
@@ -149,11 +151,11 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(photographs, co
 def test_one_given_upsampler_and_one_of_ours(photographs, copied_runs, official, tmp_path):
     shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
     photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
-    parts, sampling = ready_parts("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
-    own, _ = ready_parts("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
-    assert list(parts) == list(own) and parts["coltran_color"].head.in_features == 8, "the given color upsampler ..."
-    assert torch.equal(parts["coltran_spatial"].head.weight, own["coltran_spatial"].head.weight), "... with our spatial one"
-    (spatial,) = [r.path.name[-6:] for r in read_runs(phase="part", model="coltran_spatial", of="phase2")]
+    components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
+    own, _ = prepare_components("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
+    assert list(components) == list(own) and components["coltran_color"].head.in_features == 8, "the given color upsampler ..."
+    assert torch.equal(components["coltran_spatial"].head.weight, own["coltran_spatial"].head.weight), "... with our spatial one"
+    (spatial,) = [r.path.name[-6:] for r in read_runs(phase="component", model="coltran_spatial", of="phase2")]
     assert sampling["upsamplers"].startswith("official:") and sampling["upsamplers"].endswith(f"+own:{spatial}")
 
 
@@ -165,16 +167,16 @@ def test_a_given_model_is_scored_once_beside_ours(photographs, official, tmp_pat
     assert run.path.name.startswith("phase2-coltran-pretrained-smoke-s0-")
     assert run.metrics()["lightness"].tolist() == ["model", "photograph"] and (run.metrics()["day"] == 1).all()
     assert run.metrics()["sampling"].iloc[0].startswith("norm=row, temperature=0, upsamplers=official:")
-    assert not read_runs(phase="part"), "a given model needs no parts of ours"
+    assert not read_runs(phase="component"), "a given model needs no parts of ours"
 
 
 def test_given_checkpoints_are_looked_at_first(official, tmp_path):
     def refused(value, networks=UPSAMPLERS, side=64):
         with pytest.raises(ValueError) as error:
-            check_params(dict(upsamplers=value), upsamplers=given("own", networks, side))
+            check_params(dict(upsamplers=value), upsamplers=external_checkpoints("own", networks, side))
         return str(error.value)
 
-    assert given("own", ("colorizer", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
+    assert external_checkpoints("own", ("colorizer", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
     assert "color_upsampler is for 16x16 pixels, not 64x64" in refused(f"official:{official}", side=256)
     assert "need the preset paper" in refused(f"official:{official}", side=256)
     shutil.copytree(official, tmp_path / "cut")
@@ -195,8 +197,8 @@ def test_colorize_with_coltran(coltran_runs):
 
 def test_a_run_without_its_parts_says_what_is_missing(copied_runs):
     (run,) = read_runs(phase="phase2", model="coltran")
-    assert find_parts(run, SAMPLING["coltran"], CPU).keys() == set(PARTS["coltran"])
-    for folder in runs_dir().glob("part-coltran_spatial-*"):
+    assert find_components(run, SAMPLING["coltran"], CPU).keys() == set(COMPONENTS["coltran"])
+    for folder in runs_dir().glob("component-coltran_spatial-*"):
         shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="needs its part coltran_spatial"):
-        find_parts(run, SAMPLING["coltran"], CPU)
+        find_components(run, SAMPLING["coltran"], CPU)

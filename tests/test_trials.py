@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faic.data import load_photos
+from faic.dataset import load_photos
 
 TRIALS = Path(__file__).resolve().parent / "trials"
 sys.path.insert(0, str(TRIALS))
@@ -133,7 +133,7 @@ def test_packed_photographs_are_split_as_their_folder_is(folder, tmp_path, monke
     assert len(found["chunks"]) == 2 and sum(c["train"] for c in found["chunks"]) == 90 and found["gray"] == 2
     whole = load_photos(str(folder), 32)
     used = whole.manifest[whole.manifest["row"] >= 0].set_index("row")
-    parts = {p: set(used.loc[whole.parts[p], "file"]) for p in gpu_photos.PARTS}
+    parts = {p: set(used.loc[whole.splits[p], "file"]) for p in gpu_photos.PARTS}
     gray = set(used.loc[used["gray"], "file"])
     chunks = sorted((tmp_path / "packed").glob("photos-*.npz"))
     with ProcessPoolExecutor(1) as pool:
@@ -141,7 +141,7 @@ def test_packed_photographs_are_split_as_their_folder_is(folder, tmp_path, monke
             _, photos, about = gpu_photos.unpack(some, tmp_path / f"machine-{k}", pool)
             arrived = photos.manifest.set_index("row")
             for part in gpu_photos.PARTS:
-                files = set(arrived.loc[photos.parts[part], "file"])
+                files = set(arrived.loc[photos.splits[part], "file"])
                 assert len(files) == sum(c[part] for c in found["chunks"] if c["file"] in [f.name for f in some])
                 assert files <= parts[part] - gray
             assert photos.name == folder.name and about["whole"]["fingerprint"] == whole.fingerprint

@@ -15,11 +15,14 @@ from phases import Judge
 
 from faic.bbdm import BBDM
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
-from faic.core import Budget, Run, added_up, drawn, is_first, join_processes
-from faic.data import load_photos
+from faic.core import Budget, is_main_process, sample_per_image
+from faic.dataset import load_photos
+from faic.distributed import all_reduce_sum, init_distributed
+from faic.evaluate import evaluate
 from faic.pix2pix import Pix2Pix
-from faic.study import evaluate
-from faic.train import Trainer, day_batches, train_step
+from faic.runs import Run
+from faic.train import train_step
+from faic.trainer import Trainer, day_batches
 from faic.vqgan import VQGAN
 
 SIDE, PHOTOGRAPHS = 32, 10  # batches of 3, and at the end of an epoch one of 1: then the second process has no image
@@ -41,11 +44,11 @@ class InPrecision:
         self.trainee, self.dtype, self.gray_kind = trainee, dtype, trainee.gray_kind
         if isinstance(trainee, BBDM):
             trainee.bridge.to(dtype)
-        for part in trainee.parts().values():
+        for part in trainee.networks().values():
             part.to(dtype)
 
-    def parts(self):
-        return self.trainee.parts()
+    def networks(self):
+        return self.trainee.networks()
 
     def losses(self, batch, generator):
         cast = lambda v: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
@@ -63,10 +66,10 @@ def train(name, dtype, steps, folder):
     seen, batches = [], day_batches(trainer)
     for _ in range(steps):
         losses = train_step(trainer, next(batches))
-        seen.append({n: added_up(v.double()).item() for n, v in losses.items()})
+        seen.append({n: all_reduce_sum(v.double()).item() for n, v in losses.items()})
         trainer.step += 1
     batches.close()
-    return dict(losses=seen, weights={f"{n}.{k}": v.double().square().sum().item() for n, p in trainer.parts.items() for k, v in p.state_dict().items()})
+    return dict(losses=seen, weights={f"{n}.{k}": v.double().square().sum().item() for n, p in trainer.networks.items() for k, v in p.state_dict().items()})
 
 
 def train_all(dtype=torch.float64, steps=20):
@@ -80,8 +83,8 @@ def train_all(dtype=torch.float64, steps=20):
 def score(folder):
     """An evaluation of 48 photographs whose answers are drawn from the images' own generators; the second process gets fewer than the first."""
     photos = load_photos()
-    few = replace(photos, parts=photos.parts | {part: photos.parts[part][:n] for part, n in (("test", 47), ("validation", 21))}, fingerprint="few" + photos.fingerprint)
-    noisy = lambda gray, generators: (gray + 0.1 * drawn(torch.randn, (len(gray), 3, *gray.shape[2:]), generators)).clamp(0, 1)
+    few = replace(photos, splits=photos.splits | {part: photos.splits[part][:n] for part, n in (("test", 47), ("validation", 21))}, fingerprint="few" + photos.fingerprint)
+    noisy = lambda gray, generators: (gray + 0.1 * sample_per_image(torch.randn, (len(gray), 3, *gray.shape[2:]), generators)).clamp(0, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAIC_RUNS", str(folder))
         rows, samples = evaluate(noisy, few, "test", Judge(), copies_lightness=False, batch_size=10)
@@ -94,8 +97,8 @@ def find_all(folder, dtype=torch.float64, steps=20):
 
 
 if __name__ == "__main__":
-    join_processes(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     torch.set_num_threads(1)
     found = find_all(Path(sys.argv[1]).with_suffix(".runs"), torch.float32 if "float32" in sys.argv else torch.float64, next((int(a) for a in sys.argv[2:] if a.isdigit()), 20))
-    if is_first():
+    if is_main_process():
         Path(sys.argv[1]).write_text(json.dumps(found))

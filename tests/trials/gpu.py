@@ -148,7 +148,7 @@ def name_of(folder):
 
 def rehearse(o):
     """Every stage at toy size, from photographs to runs; the items that were not done."""
-    from faic.data import load_photos
+    from faic.dataset import load_photos
     from gpu_stage import failed
 
     stages, wrong = o.stages or STAGES, []

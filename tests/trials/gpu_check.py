@@ -32,14 +32,16 @@ from gpu_stage import Item, Lane, keep, sentence
 from safetensors.torch import load_file
 from throughput import photographs
 
-import faic.train
+import faic.trainer
+from faic.benchmark import matrix_rate
 from faic.color import to_uint8
-from faic.coltran import Colorizer, init_weights, make_sampler, sample_plain
-from faic.core import Budget, Run, generator_for, pick_device, repeat_exactly
-from faic.metrics import efficientnet_lite0, frechet_from_features
-from faic.presets import MODELS, make_colorizer, make_trainee, model_options, usual_sampling
-from faic.study import matrix_rate
-from faic.train import Trainer, train_day
+from faic.coltran import Colorizer, init_weights
+from faic.coltran_sampler import make_cached_sampler, sample_naive
+from faic.core import Budget, make_generator, pick_device, set_deterministic
+from faic.metrics import efficientnet_lite0, fid
+from faic.presets import MODELS, default_sampling, make_colorizer, make_trainee, model_options
+from faic.runs import Run
+from faic.trainer import Trainer, train_day
 
 TESTS = Path(__file__).resolve().parents[1]
 NARROW = dict(pix2pix=dict(width=32), bbdm=dict(channels=64))  # where checkpoints are written all the time
@@ -120,8 +122,8 @@ def resumed(device, model, rehearse, seconds):
     count, every = (6, 2) if rehearse else (60, 10)
 
     def work(folder):
-        faic.train.LOOK = every
-        repeat_exactly(device)
+        faic.trainer.CHECK_EVERY = every
+        set_deterministic(device)
         options = model_options(model, "gpu") | ({} if rehearse else NARROW.get(model, {}))
         options |= dict(crop=options["side"], seed=0)
         array = photographs(64, options["load_side"])
@@ -215,14 +217,14 @@ def sampler(device, what, seconds):
     """The cached sampler, on a GPU a captured graph, against the naive one, symbol by symbol."""
     net = Colorizer(what.size, what.size, what.dim, 4, what.dim, outer_layers=2, inner_layers=2)
     net = init_weights(net).to(device, what.dtype)
-    gray = torch.randint(256, (what.images, what.size, what.size), generator=generator_for(1)).to(device)
+    gray = torch.randint(256, (what.images, what.size, what.size), generator=make_generator(1)).to(device)
     found, times = {}, dict(naive=0.0, cached=0.0)
     for temperature, norm in what.cases:
-        fast = make_sampler(net, what.images, temperature, norm)
+        fast = make_cached_sampler(net, what.images, temperature, norm)
         for first in (0, what.images):  # the graph is replayed for a second batch
-            numbers = [[generator_for(0, i) for i in range(first, first + what.images)] for _ in range(2)]
+            numbers = [[make_generator(0, i) for i in range(first, first + what.images)] for _ in range(2)]
             began = time.monotonic()
-            naive = sample_plain(net, gray, numbers[0], temperature, norm)
+            naive = sample_naive(net, gray, numbers[0], temperature, norm)
             synchronize(device)
             between = time.monotonic()
             cached = fast(gray, numbers[1])
@@ -263,13 +265,13 @@ def precisions(device, model, rehearse, seconds):
             losses[name], peaks[name] = steps(trainer, count), peak_gb(device)
             if name == "float32":
                 state = {
-                    n: {k: v.clone() for k, v in net.state_dict().items()} for n, net in trainer.trainee.parts().items()
+                    n: {k: v.clone() for k, v in net.state_dict().items()} for n, net in trainer.trainee.networks().items()
                 }
     trainee, parts = untrained(model, "gpu", device)
-    for n, net in trainee.parts().items():
+    for n, net in trainee.networks().items():
         net.load_state_dict(state[n])
     gray, answers = gray_images(model, "gpu", images, device), {}
-    sampling = usual_sampling(model, "gpu") | (dict(temperature=0.0) if model == "coltran" else {})
+    sampling = default_sampling(model, "gpu") | (dict(temperature=0.0) if model == "coltran" else {})
     for name in PRECISIONS:
         with precision(name) as cast:
             answers[name] = to_uint8(
@@ -316,7 +318,7 @@ def greedy(device, trainee, gray, name):
         levels = levels[:, :: levels.shape[-1] // trainee.low, :: levels.shape[-1] // trainee.low]
     for n in ("float32", name):
         with precision(n) as cast:
-            found[n] = make_sampler(trainee.net, len(levels), 0.0, "row", cast)(levels)
+            found[n] = make_cached_sampler(trainee.net, len(levels), 0.0, "row", cast)(levels)
     return (found["float32"] == found[name]).double().mean().item()
 
 
@@ -347,7 +349,7 @@ def scoring(device, rehearse, seconds):
         net = efficientnet_lite0(where)
         with precision("float32" if name == "CPU" else name):
             features = [net(x.to(where))[0].cpu() for x in (pixels, gray)]
-        found[name] = dict(fid=float(frechet_from_features(*features)), features=features[0])
+        found[name] = dict(fid=float(fid(*features)), features=features[0])
     sizes = {n: f.pop("features") for n, f in found.items()}
     apart = {n: (f - sizes["CPU"]).norm().item() / sizes["CPU"].norm().item() for n, f in sizes.items()}
     line = ", ".join(f"{n} {f['fid']:.4f} (features {apart[n]:.1e} from the CPU's)" for n, f in found.items())

@@ -13,10 +13,11 @@ from gpu_stage import write_json
 from safetensors import safe_open
 from safetensors.torch import load, save
 
+from faic.components import PHASE_DAYS
 from faic.core import Budget, repo_root, runs_dir, short_hash, write_bytes
-from faic.plots import read_evidence
 from faic.presets import MODELS
-from faic.study import PHASE_DAYS, results_folder
+from faic.selection import select_runs
+from faic.study import results_folder
 
 STAGES = ("check", "speed", "train")
 
@@ -170,7 +171,7 @@ def evidence_of(name, budget, seeds):
     """How many of the runs `results` would use with this budget, and why not the others."""
     days = str(Budget.parse(budget) * PHASE_DAYS["phase2"])
     budgets = {(phase, m): b for m in MODELS for phase, b in (("phase1", budget), ("phase2", days))}
-    evidence = read_evidence("gpu", name, seeds[0], budgets, len(seeds))
-    used, left_out = len(evidence.all_runs()), [sentence for *_, sentence in evidence.left_out]
+    evidence = select_runs("gpu", name, seeds[0], budgets, len(seeds))
+    used, left_out = len(evidence.all_runs()), [sentence for *_, sentence in evidence.skipped]
     print(f"collect: with the budget {budget}, `results` uses {used} runs", *left_out, sep="\n  ")
     return dict(used=used, left_out=left_out)

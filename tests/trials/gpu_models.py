@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from throughput import make_trainer, photographs
 
-from faic.core import device_name, generator_for
-from faic.data import Batch
-from faic.presets import PRESETS, make_trainee, model_options, parts_of
-from faic.study import PHASE_DAYS
-from faic.train import day_batches, train_step
+from faic.batches import Batch
+from faic.components import PHASE_DAYS
+from faic.core import device_name, make_generator
+from faic.presets import PRESETS, components_of, make_trainee, model_options
+from faic.train import train_step
+from faic.trainer import day_batches
 
 PRECISIONS = {
     "float32": (False, "float32"),
@@ -86,8 +87,8 @@ def steps(trainer, count):
 def components(model, preset, device):
     """The untrained networks that a model needs beside itself."""
     return {
-        n: make_trainee(n, model_options(n, preset)).parts()["net"].eval().to(device)
-        for n in parts_of(model, preset=preset)
+        n: make_trainee(n, model_options(n, preset)).networks()["net"].eval().to(device)
+        for n in components_of(model, preset=preset)
     }
 
 
@@ -95,8 +96,8 @@ def components(model, preset, device):
 def untrained(model, preset, device):
     """(trainee, components) of a preset, on the device; made once, as large networks take seconds."""
     parts = components(model, preset, device)
-    trainee = make_trainee(model, model_options(model, preset), parts=parts if model == "bbdm" else {})
-    for net in trainee.parts().values():
+    trainee = make_trainee(model, model_options(model, preset), components=parts if model == "bbdm" else {})
+    for net in trainee.networks().values():
         net.eval().to(device)
     return trainee, parts
 
@@ -111,7 +112,7 @@ def gray_images(model, preset, count, device):
 
 def generators(count, device="cpu"):
     """A generator for each image, of numbers that are drawn on this device."""
-    return [generator_for(0, "evaluate", i, device=device) for i in range(count)]
+    return [make_generator(0, "evaluate", i, device=device) for i in range(count)]
 
 
 def machine(device):

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from faic.core import runs_dir, short_hash, write_bytes, write_json
-from faic.data import list_hashes, load_photos, read_photo, shuffled
+from faic.dataset import hash_order, load_photos
+from faic.evaluate import sample_rows
 from faic.metrics import chroma_error, psnr
-from faic.study import sample_rows
+from faic.photos import list_hashes, read_photo
 
 TRAIN_TO_ONE = (
     18  # training photographs for one of validation and one of test: load_photos' split of 90, 5 and 5 percent
@@ -65,7 +66,7 @@ def chosen(photos, counts):
     """Files that are not gray: the first ones of training, in the study's order, and evenly spread others."""
     found, manifest = {}, photos.manifest[photos.manifest["row"] >= 0].set_index("row")
     for part in PARTS:
-        rows = manifest.loc[photos.parts[part]]
+        rows = manifest.loc[photos.splits[part]]
         files = rows.loc[rows["gray"].astype(str) != "True", "file"].tolist()
         if len(files) < counts[part]:
             raise ValueError(
@@ -232,13 +233,13 @@ def unpack(chunks, folder, pool):
     for other, _ in read:
         if other != about:
             raise ValueError(f"chunks of different folders: {about} and {other}")
-    side, files = about["side"], shuffled(contents)
+    side, files = about["side"], hash_order(contents)
     prepared = runs_dir() / f"data-{about['name']}-{side}-{short_hash([about, files])}"
     if not (prepared / "manifest.csv").exists():
         prepare(contents, files, side, folder / "photographs", prepared, pool)
     photos = load_photos(str(prepared), side)
-    parts = {p: len(photos.parts[p]) for p in PARTS}
+    parts = {p: len(photos.splits[p]) for p in PARTS}
     if parts["train"] != TRAIN_TO_ONE * parts["validation"] or parts["validation"] != parts["test"]:
         raise ValueError(f"the parts are {parts}; a chunk is incomplete")
-    summary = dict(chunks=[f.name for f in found], parts=parts, fingerprint=photos.fingerprint, whole=about["whole"])
+    summary = dict(chunks=[f.name for f in found], components=parts, fingerprint=photos.fingerprint, whole=about["whole"])
     return prepared, photos, summary | dict(lists=list_hashes(photos))

@@ -23,12 +23,13 @@ from gpu_stage import Item, Lane, keep
 from throughput import Item as Timed
 from torch.utils.flop_counter import FlopCounterMode
 
-import faic.coltran
-from faic.core import device_name, pick_device, provenance
-from faic.coltran import RowBuffers, draw_pixels, sampling_cost
-from faic.data import load_photos
-from faic.presets import MODELS, describe_sampling, make_colorizer, model_options, usual_sampling
-from faic.study import count_flop, matrix_rate, stages_of
+import faic.coltran_sampler
+from faic.benchmark import count_flop, matrix_rate, stages_of
+from faic.coltran_sampler import RowBuffers, sample_row, sampling_cost
+from faic.core import device_name, pick_device
+from faic.dataset import load_photos
+from faic.presets import MODELS, default_sampling, describe_sampling, make_colorizer, model_options
+from faic.runs import provenance
 
 IMAGES = 512  # that each component works on, at least
 PAPER = 5000  # images in Table IV
@@ -85,7 +86,7 @@ def sampling(device, model, rehearse, best, seconds):
     began, want = time.monotonic(), 4 if rehearse else IMAGES
     size = 2 if rehearse else BATCHES[model]
     trainee, parts = untrained(model, "paper", device)
-    gray, chosen = gray_images(model, "paper", size, device), usual_sampling(model, "paper")
+    gray, chosen = gray_images(model, "paper", size, device), default_sampling(model, "paper")
     rows, order = [], [n for n in ("bfloat16", "TF32", "float32") if n in PRECISIONS]  # the one that matters first
     for k, name in enumerate(order):
         patience = math.inf if k == 0 else (seconds - (time.monotonic() - began)) * 0.4
@@ -210,7 +211,7 @@ def training(device, model, rehearse, best, seconds):
             torch.cuda.reset_peak_memory_stats(device)
         with precision(name) as cast, trainer_of(model, "paper", device, precision=cast, channels_last=last) as trainer:
             if last and not rehearse:  # an option of the loop where it has one; else the networks are converted here
-                for net in trainer.parts.values():
+                for net in trainer.networks.values():
                     net.to(memory_format=torch.channels_last)
             if flop is None:
                 with FlopCounterMode(display=False) as counter:
@@ -246,7 +247,7 @@ def graphs(device, rehearse, seconds):
     trainee, _ = untrained("coltran", "paper", device)
     with torch.no_grad():
         s = RowBuffers(trainee.net, 2 if rehearse else 256, 0.0)
-        found["coltran, a row"] = launched(lambda: draw_pixels(s), device, times, seconds / 6)
+        found["coltran, a row"] = launched(lambda: sample_row(s), device, times, seconds / 6)
         keep(seconds=found)
         for size in (1, 8) if rehearse else (1, 8, 64):
             step = denoising(device, size, torch.bfloat16, True)
@@ -260,7 +261,7 @@ def launched(f, device, times, patience):
     found = dict(eager=clocked(f, device, times, patience)["seconds"])
     if device.type == "cuda":
         try:
-            replay = faic.coltran._graph(f, device)
+            replay = faic.coltran_sampler._graph(f, device)
             found["graph"] = f"{1e3 * clocked(replay, device, times)['seconds']:.2f} ms"
         except RuntimeError as error:
             found["graph"] = f"not captured: {str(error).splitlines()[0][:100]}"

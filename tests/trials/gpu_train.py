@@ -23,40 +23,26 @@ from gpu_stage import Item, Lane, keep, supervise, write_json
 from safetensors import safe_open
 from safetensors.torch import save
 
-import faic.study
-import faic.train
-from faic.core import generator_for, pick_device, read_json, read_runs, repeat_exactly, runs_dir, write_bytes
-from faic.metrics import efficientnet_lite0, summarize
-from faic.plots import main_rows
-from faic.presets import (
-    MODELS,
-    PAPER_FID,
-    PAPER_WINNER,
-    PRESETS,
-    day_budget,
-    describe_sampling,
-    make_colorizer,
-    make_trainee,
-    parts_of,
-    usual_sampling,
-)
-from faic.study import (
-    EVALUATED,
-    PHASE_DAYS,
-    crown,
-    evaluate,
-    features_of,
-    keep_samples,
-    make_trainer,
-    phase1_winner,
-    ready_parts,
-    run_baselines,
-    sample_rows,
-    study_photos,
-    study_run,
-    unscored,
-)
-from faic.train import load_weights, train_day, work_done
+import faic.benchmark
+import faic.colorize
+import faic.components
+import faic.days
+import faic.evaluate
+import faic.intervals
+import faic.resume
+import faic.trainer
+from faic.components import PHASE_DAYS, SCORED_SPLIT, make_trainer, prepare_components, study_photos
+from faic.core import make_generator, pick_device, read_json, runs_dir, set_deterministic, write_bytes
+from faic.days import missing_rows, run_baselines, study_run
+from faic.evaluate import evaluate, features_of, sample_rows
+from faic.intervals import summarize
+from faic.metrics import efficientnet_lite0
+from faic.presets import (MODELS, PAPER_FID, PAPER_WINNER, PRESETS, components_of, day_budget, default_sampling,
+                          describe_sampling, make_colorizer, make_trainee)
+from faic.resume import load_weights, work_done
+from faic.runs import keep_samples, primary_rows, read_runs
+from faic.selection import phase1_winner, write_winner
+from faic.trainer import train_day
 
 PRESET = "gpu"
 TOGETHER = 250  # photographs that are colorized together when they are scored
@@ -107,10 +93,10 @@ def saves_components(save):
 
 
 def numbers_on(device):
-    """`generator_for`, but an evaluation's numbers are drawn on the device: a CPU takes long for ColTran's."""
+    """`make_generator`, but an evaluation's numbers are drawn on the device: a CPU takes long for ColTran's."""
 
     def make(*names, **where):
-        return generator_for(*names, **(dict(device=device) if names[1:2] == ("evaluate",) else where))
+        return make_generator(*names, **(dict(device=device) if names[1:2] == ("evaluate",) else where))
 
     return make
 
@@ -124,15 +110,15 @@ class Study:
         cores = len(os.sched_getaffinity(0))
         self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"), initializer=without_gpu)
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
-        faic.study.summarize = self.later
-        faic.study.generator_for = numbers_on(device)
-        faic.train.save_checkpoint = saves_components(faic.train.save_checkpoint)
-        faic.study.at_a_time = lambda options, device: TOGETHER if device.type == "cuda" else 10
+        faic.evaluate.summarize = self.later
+        faic.evaluate.make_generator = faic.components.make_generator = faic.days.make_generator = faic.benchmark.make_generator = faic.colorize.make_generator = numbers_on(device)
+        faic.resume.save_checkpoint = faic.trainer.save_checkpoint = saves_components(faic.resume.save_checkpoint)
+        faic.days.eval_batch_size = lambda options, device: TOGETHER if device.type == "cuda" else 10
 
     def place(self):
         """(photographs, feature network), made when they are first asked for."""
         if self.loaded is None:
-            repeat_exactly(self.device)
+            set_deterministic(self.device)
             prepared, _, found = unpack(self.chunks, self.work / "photographs", self.pool)
             photos = study_photos(str(prepared), PRESET)
             feature_net = efficientnet_lite0(self.device)
@@ -158,17 +144,17 @@ class Study:
 
     def score(self, run, day, weights, sampling, parts, trainee):
         """Colorize with a copy of a trainee and look at the answers; the row is added when its statistics are made."""
-        missing = unscored(run, trainee, day, sampling)
+        missing = missing_rows(run, trainee, day, sampling)
         if not missing:
             return 0.0
         began, o = time.monotonic(), run.options
         photos, feature_net = self.place()
         twin = load_weights(copy.deepcopy(trainee), weights, self.device)
         colorize = make_colorizer(o["model"], twin, sampling, parts)
-        gray = twin.gray_kind, twin.copies_lightness
-        together = faic.study.at_a_time(o, self.device)
+        gray = twin.gray_kind, twin.keeps_lightness
+        together = faic.days.eval_batch_size(o, self.device)
         rows, samples = evaluate(
-            colorize, photos, EVALUATED[o["phase"]], feature_net, *gray, o["seed"], self.device, together
+            colorize, photos, SCORED_SPLIT[o["phase"]], feature_net, *gray, o["seed"], self.device, together
         )
         keep_samples(run, samples, day, describe_sampling(sampling))
         for lightness in missing:
@@ -194,7 +180,7 @@ class Study:
     def parts(self, model, phase, seed):
         """(component -> network, sampling with their name)."""
         photos, feature_net = self.place()
-        return ready_parts(model, phase, PRESET, seed, photos, usual_sampling(model, PRESET), feature_net, self.device)
+        return prepare_components(model, phase, PRESET, seed, photos, default_sampling(model, PRESET), feature_net, self.device)
 
 
 def photographs(study, seconds):
@@ -205,7 +191,7 @@ def photographs(study, seconds):
     for part in ("validation", "test"):
         features_of(photos, part, feature_net, study.device)
     study.baselines = [study.pool.submit(baselines, phase, study.data) for phase in ("phase1", "phase2")]
-    counts = {p: len(rows) for p, rows in photos.parts.items()}
+    counts = {p: len(rows) for p, rows in photos.splits.items()}
     line = f"{counts['train']} to train on, {counts['validation']} and {counts['test']} to score, "
     line += f"ready after {ready:.1f} s, fingerprint {photos.fingerprint}"
     return dict(line=line, machine=machine(study.device), counts=counts, **study.found)
@@ -214,17 +200,17 @@ def photographs(study, seconds):
 def measure_days(study, deadline, seconds):
     """How long scoring and saving take; from that and the time left, how long a day is, and how many variants."""
     photos, feature_net = study.place()
-    parts = {p: photos.parts[p][sample_rows(len(photos.parts[p]), TOGETHER)] for p in ("validation", "test")}
-    few, scoring, making = replace(photos, parts=photos.parts | parts), {}, {}
-    times = len(photos.parts["validation"]) / len(parts["validation"])
-    plain, faic.study.summarize = faic.study.summarize, lambda *args: {}
+    parts = {p: photos.splits[p][sample_rows(len(photos.splits[p]), TOGETHER)] for p in ("validation", "test")}
+    few, scoring, making = replace(photos, splits=photos.splits | parts), {}, {}
+    times = len(photos.splits["validation"]) / len(parts["validation"])
+    plain, faic.evaluate.summarize = faic.intervals.summarize, lambda *args: {}
     try:
         for model in study.plan["models"]:
             began = time.monotonic()
             trainee, components = untrained(model, PRESET, study.device)
             making[model] = time.monotonic() - began
-            colorize = make_colorizer(model, trainee, usual_sampling(model, PRESET), components)
-            gray = trainee.gray_kind, trainee.copies_lightness
+            colorize = make_colorizer(model, trainee, default_sampling(model, PRESET), components)
+            gray = trainee.gray_kind, trainee.keeps_lightness
             for _ in range(1 if study.rehearse else 2):  # once to warm up
                 began = time.monotonic()
                 evaluate(colorize, few, "validation", feature_net, *gray, 0, study.device, TOGETHER)
@@ -232,7 +218,7 @@ def measure_days(study, deadline, seconds):
                 scoring[model] = (time.monotonic() - began) * times
             scoring[model] += 2 * writing(trainee, study.work / "weights")  # and reading
     finally:
-        faic.study.summarize = plain
+        faic.evaluate.summarize = plain
     left = deadline - time.monotonic() - RESERVE
     found = dict(day_length(study.plan, scoring, making, left), scoring=scoring, making=making)
     write_json(study.work / "day.json", found)
@@ -244,7 +230,7 @@ def measure_days(study, deadline, seconds):
 def writing(trainee, path):
     """Seconds for writing the weights of a day."""
     began = time.monotonic()
-    weights = {f"{n}.{k}": v.contiguous() for n, net in trainee.parts().items() for k, v in net.state_dict().items()}
+    weights = {f"{n}.{k}": v.contiguous() for n, net in trainee.networks().items() for k, v in net.state_dict().items()}
     write_bytes(path, save(weights))
     path.unlink()
     return time.monotonic() - began
@@ -257,7 +243,7 @@ def day_length(plan, scoring, making, left):
         days, other = 0.0, 0.0
         for model, s in scoring.items():
             number = min(variants, len(PAPER_FID[model])) if model in plan["phase1"] else 0
-            components, seeds = 2 * PART * len(parts_of(model, preset=PRESET)), len(plan["seeds"])
+            components, seeds = 2 * PART * len(components_of(model, preset=PRESET)), len(plan["seeds"])
             days += number + seeds * (PHASE_DAYS["phase2"] + components)
             other += (number + seeds) * (making[model] + RUN) + (number + seeds * PHASE_DAYS["phase2"]) * s
         seconds = 0.97 * (left - other) / days
@@ -280,7 +266,7 @@ def phase2(study, model, seed, deadline, seconds):
     photos, _ = study.place()
     known, plan = json.loads((study.work / "day.json").read_text()), study.plan
     each = known["seconds"] + known["scoring"][model]
-    needs = PHASE_DAYS["phase2"] * each + 2 * PART * known["seconds"] * len(parts_of(model, preset=PRESET))
+    needs = PHASE_DAYS["phase2"] * each + 2 * PART * known["seconds"] * len(components_of(model, preset=PRESET))
     if seed != plan["seeds"][0] and deadline - RESERVE - time.monotonic() < needs:
         return dict(line=f"not begun: it takes {needs:.0f} s")
     name, why = plan["winners"].get(model), "as asked for"
@@ -306,7 +292,7 @@ def train(study, model, phase, name, seed):
     waited = time.monotonic() - began
     budget = day_budget(PRESET, study.budget()) * PHASE_DAYS[phase]
     run = study_run(phase, model, name, PRESET, seed, photos, budget, study.device)
-    trainer, scoring = make_trainer(run, photos, phase, PHASE_DAYS[phase], study.device, parts=parts), 0.0
+    trainer, scoring = make_trainer(run, photos, phase, PHASE_DAYS[phase], study.device, components=parts), 0.0
     for day in range(1, PHASE_DAYS[phase] + 1):
         weights = train_day(trainer, day)
         scoring += study.score(run, day, weights, sampling, parts, trainer.trainee)
@@ -329,7 +315,7 @@ def train(study, model, phase, name, seed):
 def set_part_budgets(study):
     """Components get a share of a day, however long that is."""
     share = f"{PART * study.day_seconds() / 3600:.4g} hours"
-    PRESETS[PRESET] = PRESETS[PRESET] | dict(parts={part: (share, share) for part in PRESETS[PRESET]["parts"]})
+    PRESETS[PRESET] = PRESETS[PRESET] | dict(components={part: (share, share) for part in PRESETS[PRESET]["components"]})
 
 
 def scores(study, seconds):
@@ -342,7 +328,7 @@ def scores(study, seconds):
         ours = o["budget"] == str(day_budget(PRESET, study.budget()) * PHASE_DAYS[o["phase"]])
         if ours and files.keys() - known:
             parts, sampling = study.parts(o["model"], o["phase"], o["seed"])
-            trainee = make_trainee(o["model"], o["train"], parts=parts)
+            trainee = make_trainee(o["model"], o["train"], components=parts)
             for day in sorted(files.keys() - known):
                 study.score(run, day, files[day], sampling, parts, trainee)
     study.add_rows(wait=True)
@@ -350,9 +336,9 @@ def scores(study, seconds):
         task.result()
     for model in study.plan["models"]:
         if runs := [r for r in read_runs(preset=PRESET, phase="phase1", model=model) if len(r.metrics())]:
-            crown(runs)
+            write_winner(runs)
     rows = {
-        r.path.name: main_rows(r).iloc[-1]
+        r.path.name: primary_rows(r).iloc[-1]
         for r in read_runs(preset=PRESET)
         if r.options["phase"] in ("phase1", "phase2") and len(r.metrics())
     }

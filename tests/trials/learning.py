@@ -16,13 +16,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from faic.core import Budget, open_run
+from faic.components import data_options, make_trainer, prepare_components, study_photos
+from faic.core import Budget
+from faic.days import evaluate_day
+from faic.evaluate import sample_rows
 from faic.metrics import efficientnet_lite0
-from faic.presets import PRESETS, model_options, usual_sampling
-from faic.study import data_options, evaluate_day, make_trainer, ready_parts, sample_rows, study_photos
-from faic.train import train_day
+from faic.presets import PRESETS, default_sampling, model_options
+from faic.runs import open_run
+from faic.trainer import train_day
 
-COLUMNS = ("PSNR", "chroma error", "colourfulness")
+COLUMNS = ("PSNR", "chroma error", "colorfulness")
 
 
 def value(text):
@@ -42,13 +45,13 @@ def item(text):
 
 def train_and_score(model, changes, args, photos, judge, device):
     """A row: what was trained, on how many photographs, and its scores."""
-    options, sampling = model_options(model, args.preset) | changes, usual_sampling(model, args.preset)
+    options, sampling = model_options(model, args.preset) | changes, default_sampling(model, args.preset)
     budget = Budget(args.steps, "steps") if args.steps else Budget(args.minutes / 60, "hours")
     run_options = dict(phase="phase1", model=model, variant="trial", preset=args.preset, seed=args.seed, data=data_options(photos, "phase1"), budget=str(budget), train=options)
     run = open_run(run_options, device)
-    parts, sampling = ready_parts(model, "phase1", args.preset, args.seed, photos, sampling, judge, device)
+    parts, sampling = prepare_components(model, "phase1", args.preset, args.seed, photos, sampling, judge, device)
     began = time.monotonic()
-    weights = train_day(make_trainer(run, photos, "phase1", 1, device, parts=parts), 1)
+    weights = train_day(make_trainer(run, photos, "phase1", 1, device, components=parts), 1)
     trained = time.monotonic() - began
     evaluate_day(run, 1, weights, photos, judge, sampling, device, parts)
     scores = run.metrics().iloc[0]
@@ -71,8 +74,8 @@ def main(words=None):
     args = parser.parse_args(words)
     device, judge = torch.device("cpu"), efficientnet_lite0()
     photos = study_photos(args.data, args.preset)
-    few = {p: photos.parts[p][sample_rows(len(photos.parts[p]), args.scored)] for p in ("validation", "test")}
-    photos = replace(photos, parts=photos.parts | few)
+    few = {p: photos.splits[p][sample_rows(len(photos.splits[p]), args.scored)] for p in ("validation", "test")}
+    photos = replace(photos, splits=photos.splits | few)
     for model, changes in args.items:
         row = train_and_score(model, changes, args, photos, judge, device)
         print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)

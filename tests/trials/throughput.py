@@ -23,10 +23,13 @@ import numpy as np
 import torch
 from ignite.engine import Events
 
+import faic.resume
 import faic.train
-from faic.core import Budget, Run, device_name, pick_device
+from faic.core import Budget, device_name, pick_device
 from faic.presets import PRESETS, make_trainee, model_options
-from faic.train import Trainer, day_batches, day_engine, look
+from faic.resume import check_losses
+from faic.runs import Run
+from faic.trainer import Trainer, day_batches, day_engine
 
 MODELS = ("pix2pix", "coltran", "bbdm")
 PHOTOGRAPHS = 256
@@ -66,10 +69,10 @@ class Item:
     def after_step(self, engine):
         t = self.trainer
         t.step += 1
-        t.unseen.append((t.step, t.fraction, engine.state.output))
+        t.pending.append((t.step, t.fraction, engine.state.output))
         self.images += len(engine.state.batch["index"])
-        if len(t.unseen) >= faic.train.LOOK:
-            look(t)
+        if len(t.pending) >= faic.resume.CHECK_EVERY:
+            check_losses(t)
         if time.monotonic() >= self.until and self.steps_left <= 0:
             engine.terminate()
         self.steps_left -= 1
@@ -81,7 +84,7 @@ class Item:
         began = time.monotonic()
         self.until = began + seconds
         self.engine.run(self.batches, max_epochs=1, epoch_length=2**31)
-        look(self.trainer)
+        check_losses(self.trainer)
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
         return self.images / (time.monotonic() - began)
