@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import faic.coltran
+import faic.coltran_checkpoints
+import faic.tf_checkpoints
 from faic.coltran import Colorizer, Upsampler
 from faic.components import find_components, prepare_components, train_component
 from faic.core import runs_dir
@@ -121,11 +123,11 @@ def test_a_part_whose_beginning_is_gone_says_so(photographs, tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """A folder with TensorFlow checkpoints of small networks for 64x64, made by the writer in the ColTran notebook."""
-    cells = json.loads((NBS / "21_coltran.ipynb").read_text())["cells"]
+    """A folder with TensorFlow checkpoints of small networks for 64x64, made by the writer in the notebook of ColTran's checkpoints."""
+    cells = json.loads((NBS / "28_coltran_checkpoints.ipynb").read_text())["cells"]
     wanted = {"as_varint", "write_table", "write_checkpoint", "write_official"}
     trees = [ast.parse("".join(c["source"])) for c in cells if c["cell_type"] == "code" and any(f"def {w}(" in "".join(c["source"]) for w in wanted)]
-    namespace = dict(vars(faic.coltran), np=np, rng=np.random.default_rng(0))
+    namespace = vars(faic.tf_checkpoints) | vars(faic.coltran_checkpoints) | dict(np=np, rng=np.random.default_rng(0))
     functions = [f for t in trees for f in t.body if isinstance(f, ast.FunctionDef) and f.name in wanted]
     exec(compile(ast.Module(functions, []), "writer", "exec"), namespace)
     folder = tmp_path_factory.mktemp("official")
