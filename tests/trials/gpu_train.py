@@ -203,7 +203,7 @@ def measure_days(study, deadline, seconds):
     parts = {p: photos.splits[p][sample_rows(len(photos.splits[p]), TOGETHER)] for p in ("validation", "test")}
     few, scoring, making = replace(photos, splits=photos.splits | parts), {}, {}
     times = len(photos.splits["validation"]) / len(parts["validation"])
-    plain, faic.evaluate.summarize = faic.intervals.summarize, lambda *args: {}
+    plain, faic.evaluate.summarize = faic.evaluate.summarize, lambda *args: {}
     try:
         for model in study.plan["models"]:
             began = time.monotonic()
