@@ -86,7 +86,7 @@ def saves_components(save):
     """Checkpoints of components only, which phase 2 trains on: a large network's take as long as its day."""
 
     def save_some(trainer):
-        if trainer.run.options["phase"] == "part":
+        if trainer.run.options["phase"] == "component":
             save(trainer)
 
     return save_some
@@ -419,7 +419,7 @@ def pack_weights(out, room):
     runs = [
         r
         for r in read_runs(preset=PRESET)
-        if r.options["phase"] in ("phase2", "part") and list(r.path.glob("day-*.safetensors"))
+        if r.options["phase"] in ("phase2", "component") and list(r.path.glob("day-*.safetensors"))
     ]
 
     def rank(run):
