@@ -13,7 +13,7 @@ study: .venv/ready
 	@$(PY) -m faic.study $(STUDY)
 
 test: .venv/ready
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --timeout 1200
 
 readme: .venv/ready
 	@$(PY) -m nbconvert --to markdown --no-input --stdout nbs/index.ipynb > README.md

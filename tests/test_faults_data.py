@@ -367,7 +367,7 @@ def test_the_number_of_workers_changes_nothing(workers):
 def test_an_error_of_a_worker_reaches_the_loop_at_its_step(workers):
     class Failing(np.ndarray):
         def __getitem__(self, key):
-            if isinstance(key, tuple) and isinstance(key[0], np.integer) and key[0] == 13:
+            if isinstance(key, tuple) and isinstance(key[0], int | np.integer) and key[0] == 13:
                 raise OSError(errno.EIO, "Input/output error")
             return super().__getitem__(key)
 
@@ -375,7 +375,8 @@ def test_an_error_of_a_worker_reaches_the_loop_at_its_step(workers):
     wanted = next(step for step, index in enumerate(order) if 13 in index)
     before, steps = threading.active_count(), []
     with pytest.raises(OSError) as error:
-        for batch in training_batches(ARRAY.view(Failing), np.arange(23), 4, seed=2, crop=8, workers=workers):
+        failing = training_batches(ARRAY.view(Failing), np.arange(23), 4, seed=2, crop=8, workers=workers)
+        for batch in itertools.islice(failing, 6):
             steps.append(batch["index"].tolist())
     assert error.value.errno == errno.EIO and steps == order[:wanted] and threading.active_count() == before
 
