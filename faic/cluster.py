@@ -16,7 +16,7 @@ import torch
 
 from .jobs import Job, describe_plan, study_jobs
 from .parameters import budget_or_default, comma_list
-from .presets import MODELS, PRESETS
+from .presets import ARCHITECTURES, PRESETS
 from .study import executed_path, run_notebook, study_folder
 
 # %% ../nbs/62_cluster.ipynb #dd8daf77
@@ -205,7 +205,7 @@ def arguments(argv:list)->argparse.Namespace: # of strings, checked
     a.add_argument('command', choices=('plan', 'run'), help='plan: the dry run, which prints jobs, hours, disk and sbatch options; run: do it')
     a.add_argument('--preset', default='paper', choices=list(PRESETS))
     a.add_argument('--data', default='embedded', help="'embedded' or a folder of photographs")
-    a.add_argument('--models', default=','.join(MODELS), help='comma list')
+    a.add_argument('--models', default=','.join(ARCHITECTURES), help='comma list')
     a.add_argument('--seed', default=0, type=int, help='the first one')
     a.add_argument('--seeds', default=1, type=int, help='how many: seed, seed+1, ...')
     a.add_argument('--budget', default='', help="of a variant and of a day, e.g. '200 steps', '2 hours'; default: the preset's")
@@ -222,7 +222,7 @@ def arguments(argv:list)->argparse.Namespace: # of strings, checked
     except ValueError as e: a.error(str(e))
 
 def _checked(o):
-    o.models, _ = comma_list(*MODELS)(o.models), budget_or_default(o.budget)
+    o.models, _ = comma_list(*ARCHITECTURES)(o.models), budget_or_default(o.budget)
     if o.seeds < 1: raise ValueError(f'seeds is {o.seeds}; expected 1 or more')
     if o.gpus and (o.at_once or not re.fullmatch('[0-9]+(,[0-9]+)*', o.gpus)): raise ValueError(f"gpus is {o.gpus!r}; expected a comma list of numbers, e.g. 0,1, and no --at-once beside it")
     if o.data != 'embedded':

@@ -22,9 +22,10 @@ from .batches import ordered_batches
 from .core import Budget, ProgressBar, is_main_process, make_generator, read_json, short_hash, write_bytes
 from .dataset import load_photos, resized_for_crops
 from .evaluate import REFERENCE_SPLIT, evaluate, reconstruction, sample_rows
-from .parameters import external_first_stage, external_name, official_folders, official_name, official_networks
+from .first_stages import external_first_stage, external_name
 from .photos import Photos, list_hashes
-from .presets import DAYS, PRESETS, UPSAMPLERS, VQGANS, component_budget, components_of, make_trainee, model_options
+from .presets import (DAYS, PRESETS, all_components, component_budget, components_of, find_architecture, make_trainee,
+                      model_options, preset_side)
 from .resume import load_weights, work_done
 from .runs import Run, keep_samples, open_run
 from .trainer import Trainer, train_day
@@ -37,10 +38,14 @@ def study_photos(
     paper_split:bool=None, # None: for the preset paper
 )->Photos:
     "The photographs of a preset: split as it says, and scored as many as it says."
-    photos = load_photos(data, model_options('pix2pix', preset)['side'], preset == 'paper' if paper_split is None else paper_split)
-    splits = {p: photos.splits[p] for p in REFERENCE_SPLIT}
-    most = PRESETS[preset].get('scored', len(photos.array))
-    return replace(photos, splits=photos.splits | {p: rows[sample_rows(len(rows), most)] for p, rows in splits.items()})
+    as_in_paper = preset == 'paper' if paper_split is None else paper_split
+    photos = load_photos(data, preset_side(preset), as_in_paper)
+    most = PRESETS[preset].scored or len(photos.array)
+    scored = {}
+    for split in REFERENCE_SPLIT:
+        rows = photos.splits[split]
+        scored[split] = rows[sample_rows(len(rows), most)]
+    return replace(photos, splits=photos.splits | scored)
 
 # %% ../nbs/44_components.ipynb #a48833f6
 def data_options(photos:Photos, phase:str)->dict:
@@ -131,20 +136,39 @@ def component_options(
                    train=model_options(component, preset))
     return options if phase == 'phase1' else options | dict(continues=short_hash(component_options(component, 'phase1', preset, seed, photos)))
 
-def component_hashes(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='', first_stage:str='')->dict: # component -> the six digits that its run's name ends in
-    "The runs of a model's own components, trained or not yet; a given first stage has none."
-    names = components_of(model, latent, first_stage, preset) if first_stage in ('', 'plain') else ()
-    return {p: short_hash(component_options(p, phase, preset, seed, photos)) for p in names}
+def component_hashes(
+    model:str,
+    phase:str, # 'phase1' or 'phase2'
+    preset:str,
+    seed:int,
+    photos:Photos,
+    latent:str='', # see components_of
+    first_stage:str='', # '', 'plain' or a file
+)->dict: # component -> the six digits at the end of its run's name
+    "The runs of a model's own components, trained or not yet; a first stage that comes from a file has none."
+    names = components_of(model, latent, first_stage, preset)
+    if first_stage not in ('', 'plain'):
+        names = [n for n in names if all_components()[n].measure != 'reconstruction']
+    return {n: short_hash(component_options(n, phase, preset, seed, photos)) for n in names}
 
 def hash_sampling(
+    model:str,
     sampling:dict,
     components:dict, # from component_hashes
 )->dict:
-    "The sampling with the name of the upsamplers in place of where they come from: 'own:<runs>' or 'official:<hash>'."
-    if 'upsamplers' not in sampling: return sampling
-    if sampling['upsamplers'] == 'own': return sampling | dict(upsamplers='own:' + '+'.join(components.values()))
-    own = [f'own:{h}' for h, n in zip(components.values(), UPSAMPLERS) if n not in official_folders(sampling['upsamplers'])] # of which none is given
-    return sampling | dict(upsamplers='+'.join([official_name(sampling['upsamplers']), *own]))
+    "The sampling with names of networks in place of where they come from: 'own:<runs>' or 'official:<hash>'."
+    published = find_architecture(model).published
+    if published is None:
+        return sampling
+    value = sampling[published.parameter]
+    if value == 'own':
+        return sampling | {published.parameter: 'own:' + '+'.join(components.values())}
+    given = published.find(value, _published_names(model))
+    own = [f'own:{digits}' for name, digits in components.items() if name not in given]
+    return sampling | {published.parameter: '+'.join([published.identify(value, _published_names(model)), *own])}
+
+def _published_names(model): # the components that can come from others
+    return tuple(c.name for c in find_architecture(model).components)
 
 # %% ../nbs/44_components.ipynb #a045d85e
 def train_component(
@@ -220,7 +244,10 @@ def evaluate_component(
     o = run.options
     if run.metrics().empty:
         trainee = load_weights(make_trainee(o['model'], o['train']), component_weights(run), device)
-        rows = score_reconstructions(trainee, run, photos, feature_net, device) if o['model'] in VQGANS else [upsampler_bits(trainee, run, photos, device)]
+        if all_components()[o['model']].measure == 'reconstruction':
+            rows = score_reconstructions(trainee, run, photos, feature_net, device)
+        else:
+            rows = [upsampler_bits(trainee, run, photos, device)]
         table = pd.DataFrame([dict(day=1, **work_done(component_weights(run)), **row) for row in rows])
         if is_main_process(): write_bytes(run.path/'metrics.csv', table.to_csv(index=False).encode())
         idist.barrier()
@@ -236,60 +263,86 @@ def prepare_components(
     preset:str,
     seed:int,
     photos:Photos,
-    sampling:dict, # see resolve_sampling; 'upsamplers' is 'own' or 'official:/path'
+    sampling:dict, # see resolve_sampling; it may name weights that others have trained
     feature_net, # feature network of faic.metrics
     device,
-    latent:str='', # of bbdm; '': the preset's
-    first_stage:str='', # of bbdm: '', 'plain' or a file
-    others:int=1, # what the notebook does after this; for its bar
-    **loop_options, # workers, pieces and watch, see Trainer
-)->tuple: # (component -> network, sampling with the upsamplers' name)
-    "The components that a model needs: found, trained, or given."
+    latent:str='', # see components_of
+    first_stage:str='', # '', 'plain' or a file
+    others:int=1, # tasks of the notebook after this one; for its bar
+    **loop_options, # see Trainer
+)->tuple: # (component -> network, sampling that names them)
+    "The components that a model needs: found, trained, or read from files."
     names = components_of(model, latent, first_stage, preset)
-    if not names: return {}, sampling
-    networks = external_components(names, sampling, photos.side, device, latent, first_stage)
-    bar = ProgressBar(names, desc=f'parts of {model}', unit='task', total=len(names) + others, leave=False)
-    runs = {n: train_component(n, phase, preset, seed, photos, feature_net, device, **loop_options) for n in bar if n not in networks}
-    networks |= {n: load_component(component_weights(r), r, device) for n, r in runs.items()}
-    return {n: networks[n] for n in names}, hash_sampling(sampling, component_hashes(model, phase, preset, seed, photos, latent, first_stage))
+    if not names:
+        return {}, sampling
+    networks = external_components(model, names, sampling, photos.side, device, latent, first_stage)
+    missing = [n for n in names if n not in networks]
+    bar = ProgressBar(missing, desc=f'components of {model}', unit='task', total=len(names) + others, leave=False)
+    for name in bar:
+        run = train_component(name, phase, preset, seed, photos, feature_net, device, **loop_options)
+        networks[name] = load_component(component_weights(run), run, device)
+    hashes = component_hashes(model, phase, preset, seed, photos, latent, first_stage)
+    return {n: networks[n] for n in names}, hash_sampling(model, sampling, hashes)
 
 def external_components(
+    model:str,
     names:tuple, # of the components that are needed
-    sampling:dict, # whose 'upsamplers' are given ones or not
-    side:int, # of the photographs
+    sampling:dict, # it may name weights that others have trained
+    side:int, # of the photographs, px
     device,
-    latent:str='', # one of LATENTS that a given first stage must be for; '': any
-    first_stage:str='',
+    latent:str='', # that a given first stage must be for; '': any
+    first_stage:str='', # '', 'plain' or a file
 )->dict: # component -> network
-    "Those components of a model that are given; says where they come from."
-    upsamplers, networks = sampling.get('upsamplers', 'own'), {}
-    if upsamplers != 'own':
-        needed = UPSAMPLERS[:len(names)]
-        networks = dict(zip(names, map(official_networks(upsamplers, side, needed).get, needed)))
-    if first_stage not in ('', 'plain'): networks = {names[0]: external_first_stage(first_stage, latent)}
-    found = {p: net.to(device).eval() for p, net in networks.items() if net is not None}
-    if found: print(f'{", ".join(found)}: given, {first_stage or upsamplers}')
-    return found
+    "Those components of a model that come from files; prints which."
+    networks, sources = {}, []
+    published = find_architecture(model).published
+    value = sampling.get(published.parameter, 'own') if published else 'own'
+    if value != 'own':
+        networks |= published.load(value, tuple(n for n in names if n in _published_names(model)), side)
+        sources.append(value)
+    if first_stage not in ('', 'plain'):
+        (name,) = [n for n in names if all_components()[n].measure == 'reconstruction']
+        networks[name] = external_first_stage(first_stage, latent)
+        sources.append(first_stage)
+    if networks:
+        print(f'{", ".join(networks)}: read from {", ".join(sources)}')
+    return {n: net.to(device).eval() for n, net in networks.items()}
 
 # %% ../nbs/44_components.ipynb #c4695001
 def find_components(
     run:Run, # trained
     sampling:dict, # see resolve_sampling
     device,
-    first_stage:str='', # the file, where bbdm was trained with a given one
+    first_stage:str='', # the file, if the run was trained with one
 )->dict: # component -> network
-    "The components that a run's model needs: its own, whose folders lie beside the run's, or given ones."
+    "The components that a run's model needs: its own, whose folders lie beside the run's, or those in files."
     o = run.options
-    names, external = components_of(o['model'], o.get('latent'), preset=o['preset']), o.get('first_stage', '').startswith('given:')
-    if (found := external_name(first_stage) if first_stage else '') != (o['first_stage'] if external else ''):
-        raise ValueError(f"{run.path.name} was trained in the latents of {'the first stage ' + o['first_stage'] if external else 'its own first stage'}; "
-                         + (f'{first_stage} is {found}' if found else 'give its file as first_stage'))
-    networks = external_components(names, sampling, o['data']['side'], device, first_stage=first_stage)
+    names = components_of(o['model'], o.get('latent', ''), preset=o['preset'])
+    _check_first_stage(run, first_stage)
+    networks = external_components(o['model'], names, sampling, o['data']['side'], device, first_stage=first_stage)
     for component, digits in o['made'].get('components', {}).items():
-        if component in networks: continue
-        folders = [f for f in run.path.parent.glob(f'component-{component}-*-{digits}') if component_weights(Run(f, {})).exists()]
-        if not folders:
-            raise FileNotFoundError(f'{run.path.name} needs its part {component}, but {run.path.parent} has no trained component-{component}-...-{digits}; copy it there'
-                                    + (', or give upsamplers' if 'upsamplers' in sampling else ''))
-        networks[component] = load_component(component_weights(Run(folders[0], {})), Run(folders[0], read_json(folders[0]/'options.json')), device)
+        if component not in networks:
+            folder = _component_folder(run, component, digits)
+            own = Run(folder, read_json(folder/'options.json'))
+            networks[component] = load_component(component_weights(own), own, device)
     return networks
+
+def _check_first_stage(run, first_stage): # a run in the latents of a file needs that file again, and no other
+    trained_with = run.options.get('first_stage', '')
+    external = trained_with if trained_with.startswith('given:') else ''
+    found = external_name(first_stage) if first_stage else ''
+    if found == external:
+        return
+    whose = f'the first stage {external}' if external else 'its own first stage'
+    what = f'{first_stage} is {found}' if found else 'give its file as first_stage'
+    raise ValueError(f'{run.path.name} was trained in the latents of {whose}; {what}')
+
+def _component_folder(run, component, digits):
+    folders = run.path.parent.glob(f'component-{component}-*-{digits}')
+    trained = [f for f in folders if component_weights(Run(f, {})).exists()]
+    if not trained:
+        published = find_architecture(run.options['model']).published
+        hint = f', or give {published.parameter}' if published else ''
+        raise FileNotFoundError(f'{run.path.name} needs its component {component}, but {run.path.parent} has no trained '
+                                f'component-{component}-...-{digits}; copy it there{hint}')
+    return trained[0]

@@ -23,10 +23,9 @@ from .dataset import diff_files
 from .distributed import group_lock
 from .evaluate import (REFERENCE_SPLIT, SAMPLES, evaluate, evaluate_real, gray_baseline, lightness_modes,
                            retry_on_oom, sample_rows)
-from .parameters import official_name, official_networks
 from .photos import Photos
-from .presets import (components_of, default_sampling, describe_sampling, make_colorizer, make_trainee,
-                          model_options, upsampler_names)
+from .presets import (components_of, default_sampling, describe_sampling, find_architecture, make_colorizer,
+                      make_trainee, model_options)
 from .resume import eval_weights, load_weights, record_errors, work_done
 from .runs import Run, evaluated, keep_samples, open_run, read_runs
 from .selection import space_options
@@ -50,7 +49,7 @@ def study_run(
     options = dict(phase=phase, model=model, variant=variant, preset=preset, seed=seed, data=data_options(photos, phase), budget=str(budget),
                    train=model_options(model, preset, variant, latent, first_stage), **space_options(model, phase, preset, seed, photos, latent, first_stage))
     check_unfinished(options, photos)
-    run = open_run(options, device, sampling=describe_sampling(hash_sampling(default_sampling(model, preset), components)), components=components, **data_notes(photos))
+    run = open_run(options, device, sampling=describe_sampling(hash_sampling(model, default_sampling(model, preset), components)), components=components, **data_notes(photos))
     if is_main_process() and not (run.path/'photographs.csv').exists():
         write_bytes(run.path/'photographs.csv', listed_photographs(photos, phase).to_csv(index=False).encode(errors='surrogateescape'))
     return run
@@ -178,21 +177,26 @@ def run_baselines(
 # %% ../nbs/46_days.ipynb #848f89d2
 def run_pretrained(
     model:str,
-    external:str, # 'official:/path', see official_networks
+    external:str, # where the weights are, see PublishedWeights
     preset:str,
     seed:int,
     photos:Photos,
     feature_net, # feature network of faic.metrics
-    sampling:dict, # see resolve_sampling; its upsamplers are the given ones
+    sampling:dict, # see resolve_sampling; its components are the given ones
     device,
 )->Run:
-    "Score given checkpoints on the test split of phase 2, once."
-    networks = ('colorizer', *upsampler_names(preset))
-    name = lambda s: s | dict(upsamplers=official_name(external))
-    run = open_run(dict(phase='phase2', model=model, variant='pretrained', preset=preset, seed=seed, data=data_options(photos, 'phase2'),
-                        pretrained=official_name(external, networks)), device, sampling=describe_sampling(name(default_sampling(model, preset))), **data_notes(photos))
+    "Score weights that others have trained on the test split of phase 2, once."
+    published = find_architecture(model).published
+    components = components_of(model, preset=preset)
+    names = (model, *components)
+    name = {published.parameter: published.identify(external, components)}
+    usual, chosen = default_sampling(model, preset) | name, sampling | name
+    options = dict(phase='phase2', model=model, variant='pretrained', preset=preset, seed=seed,
+                   data=data_options(photos, 'phase2'), pretrained=published.identify(external, names))
+    run = open_run(options, device, sampling=describe_sampling(usual), **data_notes(photos))
     trainee = make_trainee(model, model_options(model, preset))
-    if missing_rows(run, trainee, 1, name(sampling)):
-        trainee.net, *components = (net.to(device).eval() for net in official_networks(external, photos.side, networks).values())
-        score(run, trainee, photos, feature_net, name(sampling), device, dict(zip(components_of(model, preset=preset), components)))
+    if missing_rows(run, trainee, 1, chosen):
+        networks = {n: net.to(device).eval() for n, net in published.load(external, names, photos.side).items()}
+        trainee.net = networks.pop(model)
+        score(run, trainee, photos, feature_net, chosen, device, networks)
     return run

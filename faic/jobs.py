@@ -18,8 +18,8 @@ import torch
 from .core import Budget
 from .dataset import list_files, load_photos
 from .photos import _split
-from .presets import (DAYS, MODELS, PAPER_FID, PAPER_WINNER, PRESETS, component_budget, components_of, day_budget,
-                          default_latent, make_trainee, model_options)
+from .presets import (DAYS, PRESETS, component_budget, components_of, day_budget, default_latent,
+                      default_variant, default_variants, make_trainee, model_options, preset_side)
 from .runs import read_runs
 from .status import run_progress
 from .study import plan
@@ -39,7 +39,7 @@ class Job:
 def study_jobs(
     preset:str='paper',
     data:str='embedded', # or a folder of photographs
-    models=MODELS, # names
+    models=None, # names of architectures; None: all
     seeds=(0,), # each gets jobs of its own
     budget:str='', # of each variant and day; '' takes the preset's
 )->list: # of Job, each after those that it waits for
@@ -61,7 +61,7 @@ def _phase1_jobs(models, common, end): # of one seed: the components of each mod
         if notebook != 'phase1': continue
         name = _named(notebook, parameters)
         yield (first := Job(f'{name}-parts{end}', notebook, common | parameters | dict(variants='none')))
-        for v in PAPER_FID[parameters['model']]: yield Job(f'{name}-{v}{end}', notebook, common | parameters | dict(variants=v), (first.name,))
+        for v in default_variants(parameters['model']): yield Job(f'{name}-{v}{end}', notebook, common | parameters | dict(variants=v), (first.name,))
 
 def _phase2_jobs(models, common, end, phase1): # of one seed; all wait for all seeds' variants of the model, among which the winner is
     for notebook, parameters, _ in plan(models, preset=common['preset']):
@@ -88,8 +88,8 @@ def trainings(job:Job)->list: # of Training, in order
     component = lambda name, phase: Training(name, phase, model_options(name, preset), component_budget(preset, name, phase))
     if phase == 'phase1' and p['variants'] == 'none': return [component(n, 'phase1') for n in components_of(model, preset=preset)]
     if phase == 'phase1': return [Training(model, phase, model_options(model, preset, p['variants']), day)]
-    components = [component(n, ph) for n in components_of(model, latent, stage, preset) for ph in (('phase2',) if not stage and latent in ('', default_latent(preset)) else ('phase1', 'phase2'))] # the components job trained only the rival's
-    return [*components, Training(model, phase, model_options(model, preset, PAPER_WINNER[model], latent), day*DAYS, DAYS)]
+    components = [component(n, ph) for n in components_of(model, latent, stage, preset) for ph in (('phase2',) if not stage and latent in ('', default_latent(model, preset)) else ('phase1', 'phase2'))] # the components job trained only the rival's
+    return [*components, Training(model, phase, model_options(model, preset, default_variant(model), latent), day*DAYS, DAYS)]
 
 # %% ../nbs/61_jobs.ipynb #4484fb4b
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ def photograph_counts(
     "How many photographs there are, without preparing them; in a folder every file counts as one."
     files = len(list_files(Path(data))) if data != 'embedded' and Path(data).is_dir() else 0
     if preset == 'paper': splits = _split(files, True) # as published, whether the folder is here or not
-    elif data == 'embedded': splits = load_photos(data, model_options('pix2pix', preset)['side']).splits
+    elif data == 'embedded': splits = load_photos(data, preset_side(preset)).splits
     elif files: splits = _split(files, False)
     else: raise ValueError(f"data = {data!r}: expected 'embedded' or a folder of images that is there")
     sizes = {n: len(rows) for n, rows in splits.items()}
-    scored = {n: min(sizes[n], PRESETS[preset].get('scored', sizes[n])) for n in ('validation', 'test')}
+    scored = {n: min(sizes[n], PRESETS[preset].scored or sizes[n]) for n in ('validation', 'test')}
     return sizes | scored | dict(all=max(files, sizes['train'] + sizes['validation'] + sizes['test']))
 
 def shared_bytes(
@@ -163,7 +163,7 @@ def shared_bytes(
         o, rows = t.options, counts[TRAINED_SPLIT[t.phase]]
         found['photographs'] = counts['all']*3*o['side']**2
         if o['load_side'] > o['side']: found[f"training photographs at {o['load_side']}"] = counts['train']*3*o['load_side']**2
-        if t.name == 'bbdm' and o['factor'] > 1:
+        if o.get('factor', 1) > 1:
             which = ', plain' if job.parameters.get('first_stage') else ''
             found[f'latents of {t.phase}{which}'] = rows*(2 if o['flip'] else 1)*2*o['latent_channels']*(o['side']//o['factor'])**2*2
     return found

@@ -12,14 +12,18 @@ import pandas as pd
 from .core import pick_device
 from .intervals import SEEDS_INTERVAL
 from .metrics import METRICS
-from .presets import default_latent
+from .presets import ARCHITECTURES, default_latent
 from .runs import provenance
 from .selection import RunSelection, _data, _has_seeds, _made, check_one_preset, model_name, name_seeds, seeds_text
 
 # %% ../nbs/50_notes.ipynb #0e6be6a3
-def space_note(preset:str)->list: # a sentence, or none
-    "Says where a preset's BBDM works elsewhere than the paper's."
-    return ["BBDM works on the pixels here, on a grid of 64x64 as in the paper, whose photographs were 256x256 in latents of f4."] if default_latent(preset) == 'none' else []
+def space_note(preset:str, model:str)->list: # a sentence, or none
+    "States where a preset's model works on pixels and the paper's worked in latents."
+    in_paper = next(iter(ARCHITECTURES[model].latents), 'none')
+    if default_latent(model, preset) == in_paper:
+        return []
+    title = ARCHITECTURES[model].title
+    return [f'{title} works on the pixels here, on a grid of 64x64 as in the paper, whose photographs were 256x256 in latents of {in_paper}.']
 
 # %% ../nbs/50_notes.ipynb #f4867317
 def _made_values(selection, key): return sorted({r.options['made'][key] for r in selection.all_runs() if r.options['made'].get(key)})

@@ -94,7 +94,7 @@ def baseline_pictures(phase:str, preset:str, place:Workplace)->dict: # 'gray' an
 
 # %% ../nbs/47_phases.ipynb #676b3424
 def run_phase1(
-    model:str='pix2pix', # pix2pix, coltran or bbdm
+    model:str='pix2pix', # name of an architecture
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
     seed:int=0, # of initial weights, data order and sampling
@@ -106,17 +106,13 @@ def run_phase1(
     workers:int=1, # threads that read ahead
     micro_batches:int=1, # in which each batch goes through
     tensorboard:bool=False, # write for TensorBoard, too
-    batch_norm:str='image', # of pix2pix: image or running
-    temperature:float=1., # of coltran
-    norm:str='row', # of coltran while sampling: row or image
-    upsamplers:str='own', # of coltran: own or official:/path
-    latent:str='', # of bbdm: f4, f8, f16, none; '': the preset's
-    first_stage:str='', # of bbdm: '', 'plain' or a file
-    sample_steps:int=0, # of bbdm; 0: the preset's
-    eta:float=1., # of bbdm
+    latent:str='', # f4, f8, f16 or none (pixels), for a model that works in latents; '': the preset's
+    first_stage:str='', # of the latents: '', 'plain' or a file
+    **own, # parameters of the architecture: batch_norm, temperature, sample_steps, ...
 )->Phase:
     "Train and score the variants of a model and choose the winner; ParameterError where an argument is wrong."
     given = locals()
+    given |= given.pop('own')
     p = notebook_parameters(given, *given)
     launch_processes(p.processes, 'phase1', given) # several processes train it all; what follows finds it done
     place = open_workplace(p)
@@ -171,7 +167,7 @@ def winner_message(runs:list, winner:dict)->str:
 
 # %% ../nbs/47_phases.ipynb #e64d9282
 def run_phase2(
-    model:str='pix2pix', # pix2pix, coltran or bbdm
+    model:str='pix2pix', # name of an architecture
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
     seed:int=0, # of initial weights, data order and sampling
@@ -183,18 +179,14 @@ def run_phase2(
     workers:int=1, # threads that read ahead
     micro_batches:int=1, # in which each batch goes through
     tensorboard:bool=False, # write for TensorBoard, too
-    batch_norm:str='image', # of pix2pix: image or running
-    temperature:float=1., # of coltran
-    norm:str='row', # of coltran while sampling: row or image
-    upsamplers:str='own', # of coltran: own or official:/path
-    latent:str='', # of bbdm: f4, f8, f16, none; '': the preset's
-    first_stage:str='', # of bbdm: '', 'plain' or a file
-    sample_steps:int=0, # of bbdm; 0: the preset's
-    eta:float=1., # of bbdm
-    pretrained:str='', # of coltran: official:/path to a trained model, which is scored, too
+    latent:str='', # f4, f8, f16 or none (pixels), for a model that works in latents; '': the preset's
+    first_stage:str='', # of the latents: '', 'plain' or a file
+    pretrained:str='', # where weights that others have trained are, which are scored, too; for ColTran official:/path
+    **own, # parameters of the architecture: batch_norm, temperature, sample_steps, ...
 )->Phase:
     "Train the winner of phase 1 for five days and score each day; ParameterError where an argument is wrong."
     given = locals()
+    given |= given.pop('own')
     p = notebook_parameters(given, *given)
     launch_processes(p.processes, 'phase2', given) # several processes train it all; what follows finds it done
     place = open_workplace(p)

@@ -16,6 +16,7 @@ from .intervals import aggregate_seeds, interval_note
 from .metrics import METRICS, column_name
 from .notes import averaging_note, bias_note, caution, provenance_line, run_notes, seed_notes, space_note
 from .paper import COMPONENT_NAMES, PAPER_IMAGES, PAPER_TABLES, PAPER_WORK
+from .presets import ARCHITECTURES
 from .runs import primary_rows
 from .selection import (RunSelection, _last_day, all_models, common_day, extra_models, first_seed, model_components,
                             model_name, seeds_compared, seeds_text, selection_network, winner_of)
@@ -63,7 +64,7 @@ def variants_table(
         for r in rows: r['chosen'] = ('winner' + ', undecided'*(not winner['decided']))*(r['entry'] == winner['variant'])
     notes = [f"The paper's FIDs are of {PAPER_IMAGES} other photographs at side 256 and of another network (pytorch-ignite's Inception-v3): "
              'compare the order, not the size.',
-             f"The paper's winner: {min(p['FID'], key=p['FID'].get)}; {PAPER_WORK[p['model']][0]} fitted into its day.", *(space_note(selection.preset) if p['model'] == 'bbdm' else [])]
+             f"The paper's winner: {min(p['FID'], key=p['FID'].get)}; {PAPER_WORK[p['model']][0]} fitted into its day.", *space_note(selection.preset, p['model'])]
     if winner:
         few, over = ('seeds', f', mean {seeds_compared(winner)}') if selection.other_seeds else ('images', '')
         why = {True: '', False: '; its lead lies inside the intervals', None: f'; there are too few {few} for intervals'}[winner['decided']]
@@ -88,7 +89,8 @@ def phase2_table(selection:RunSelection)->Table:
     rows += [r for m, last in further.items() for r in seed_rows(model_name(m), selection, ('phase2', m, None), day=min(day or last, last))]
     rows += [r for m in models if (run := selection.find('phase2', m, 'pretrained')) for r in entry_rows(f'{model_name(m)}, pre-trained', run)]
     notes = [f"Day {day} is the last that {' and '.join(model_name(m) for m in models if selection.find('phase2', m))} reached{' with every seed'*bool(selection.other_seeds)}; one day's budget each day."] if day else []
-    notes += space_note(selection.preset)
+    for model in all_models(selection):
+        notes += space_note(selection.preset, model) if model in ARCHITECTURES else []
     if ceiling := reconstruction_rows(selection, 'phase2'):
         notes.append("Reconstruction: the colored photographs through the first stage and back; what is lost there, BBDM cannot bring back. Codes used: on these photographs.")
     title = 'Phase 2: the models on the test images' + (f' after day {day}' if day else '')

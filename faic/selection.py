@@ -19,33 +19,49 @@ import pandas as pd
 
 from .components import component_hashes
 from .core import is_main_process, read_json, runs_dir, write_json
+from .first_stages import external_name
 from .intervals import INTERVALS, SEEDS_INTERVAL, aggregate_seeds
 from .metrics import column_name
-from .paper import COMPONENT_NAMES, MODEL_NAMES
-from .parameters import external_name
 from .photos import Photos
-from .presets import PAPER_WINNER, default_latent
+from .presets import (ARCHITECTURES, all_components, components_of, default_latent, default_variant,
+                      find_architecture)
 from .runs import Run, primary_rows, read_runs, strip_hashes
 
 # %% ../nbs/45_selection.ipynb #b1ff2f2a
-KINDS = {'none': 'pixel space', 'plain': 'no perceptual term', 'given': 'given first stage'} # words in the keys of further models -> what they are called
+KINDS = {'none': 'pixel space', 'plain': 'no perceptual term', 'given': 'given first stage'} # word in a key -> its meaning
 
-def model_key(options:dict)->str: # key of a rival, or e.g. 'bbdm:f8', 'bbdm:f4-plain', 'bbdm:none'
-    "Which model a run is of: the preset's rival, or a further one."
-    default = default_latent(options.get('preset', 'paper'))
-    space = [options.get('latent', default), *(w for w in ('plain', 'given') if options.get('first_stage', '').startswith(w))]
-    return options['model'] if space == [default] else f"{options['model']}:{'-'.join(space)}"
+def model_key(options:dict)->str: # name of an architecture, or e.g. 'bbdm:f8', 'bbdm:f4-plain', 'bbdm:none'
+    "What a run competes as: an architecture in the preset's usual space, or a further model."
+    model = options['model']
+    if model not in ARCHITECTURES or not ARCHITECTURES[model].latents:
+        return model
+    default = default_latent(model, options.get('preset', 'paper'))
+    words = [options.get('latent', default)]
+    words += [w for w in ('plain', 'given') if options.get('first_stage', '').startswith(w)]
+    return model if words == [default] else f"{model}:{'-'.join(words)}"
 
-def model_components(preset:str)->dict: # key of a rival or a further model -> its components
+def model_components(preset:str)->dict: # key of a model -> its components
     "Which components the models have that a preset may train."
-    bbdm = {model_key(dict(model='bbdm', preset=preset, latent=f, first_stage=w)): (f'vqgan_{f}{end}',) for f in ('f4', 'f8', 'f16') for w, end in (('', ''), ('plain', '_plain'))}
-    return {'coltran': ('coltran_color', 'coltran_spatial')} | bbdm
+    found = {m: components_of(m, 'none', preset='paper') for m in ARCHITECTURES}
+    for model, architecture in ARCHITECTURES.items():
+        for latent in architecture.latents:
+            for first_stage in ('', 'plain') if latent != 'none' else ('',):
+                key = model_key(dict(model=model, preset=preset, latent=latent, first_stage=first_stage))
+                found[key] = components_of(model, latent, first_stage)
+    return {key: names for key, names in found.items() if names}
 
-def model_name(model:str)->str: # 'Pix2Pix'; the key itself for a model that the paper has not
-    "What a model or component is called in tables and figures."
+def model_name(model:str)->str: # 'Pix2Pix', 'BBDM, f8', 'ColTran, color upsampler'
+    "What a model or component is called in tables and figures; the key itself where it is not known."
     base, _, kind = model.partition(':')
-    component = f"{MODEL_NAMES['coltran' if model.startswith('coltran') else 'bbdm']}, {COMPONENT_NAMES[model]}" if model in COMPONENT_NAMES else base
-    return ', '.join([MODEL_NAMES.get(base, component), *(KINDS.get(word, word) for word in kind.split('-') if word)])
+    if base in ARCHITECTURES:
+        title = ARCHITECTURES[base].title
+    elif base in all_components():
+        owners = {m.split(':')[0] for m, names in model_components('paper').items() if base in names}
+        titles = [ARCHITECTURES[o].title for o in owners] if len(owners) == 1 else []
+        title = ', '.join([*titles, all_components()[base].title])
+    else:
+        title = base
+    return ', '.join([title, *(KINDS.get(word, word) for word in kind.split('-') if word)])
 
 # %% ../nbs/45_selection.ipynb #76dcd5e8
 @dataclass
@@ -232,7 +248,7 @@ def first_seed(selection:RunSelection, phase:str)->RunSelection:
 # %% ../nbs/45_selection.ipynb #6ffde886
 def all_models(selection:RunSelection)->list: # keys of models: the paper's first, then others that have runs
     "The rivals: every model that has a place on a page."
-    return list(dict.fromkeys([*MODEL_NAMES, *(m for p, m, _ in selection.runs if p != 'component' and m != 'baseline' and ':' not in m)]))
+    return list(dict.fromkeys([*ARCHITECTURES, *(m for p, m, _ in selection.runs if p != 'component' and m != 'baseline' and ':' not in m)]))
 
 def extra_models(selection:RunSelection)->list: # keys such as 'bbdm:f8', see model_key
     "The models beside the rivals that have runs or components with runs."
@@ -248,15 +264,34 @@ def _last_day(run): return int(primary_rows(run)['day'].max())
 # %% ../nbs/45_selection.ipynb #9980d717
 def steps_runs(selection:RunSelection)->dict: # name of the model -> its run
     "The runs in which numbers of sampling steps were tried."
-    return {model_name(m): run for m in ('bbdm', *extra_models(selection)) if (run := selection.find('steps', m))}
+    found = {}
+    for model in (*all_models(selection), *extra_models(selection)):
+        run = selection.find('steps', model)
+        if run:
+            found[model_name(model)] = run
+    return found
 
 # %% ../nbs/45_selection.ipynb #099e5b18
-def space_options(model:str, phase:str, preset:str, seed:int, photos:Photos, latent:str='', first_stage:str='')->dict:
-    "In which space bbdm works: latent, and first_stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>', or '' where there is none."
-    if model != 'bbdm': return {}
-    own = [f'{first_stage or "own"}:{h}' for h in component_hashes(model, phase, preset, seed, photos, latent, first_stage).values()]
-    latent = latent or default_latent(preset)
-    return dict(latent=latent, first_stage='' if latent == 'none' else (own or [external_name(first_stage)])[0])
+def space_options(
+    model:str,
+    phase:str, # 'phase1' or 'phase2'
+    preset:str,
+    seed:int,
+    photos:Photos,
+    latent:str='', # see components_of
+    first_stage:str='', # '', 'plain' or a file
+)->dict:
+    "The space of a run in its options: latent, and first_stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>' or ''."
+    if not find_architecture(model).latents:
+        return {}
+    latent = latent or default_latent(model, preset)
+    if latent == 'none':
+        return dict(latent=latent, first_stage='')
+    if first_stage not in ('', 'plain'):
+        return dict(latent=latent, first_stage=external_name(first_stage))
+    hashes = component_hashes(model, phase, preset, seed, photos, latent, first_stage)
+    name = components_of(model, latent, first_stage, preset)[-1]
+    return dict(latent=latent, first_stage=f'{first_stage or "own"}:{hashes[name]}')
 
 # %% ../nbs/45_selection.ipynb #256e278e
 def newest_scored(
@@ -309,21 +344,35 @@ def phase1_winner(
     seed:int, # the first
     photos:Photos,
     budget:str, # of a variant and of a day, as phase 1 was given it
-    latent:str='', # of bbdm; '': the preset's
-    first_stage:str='', # of bbdm: '', 'plain' or a file
+    latent:str='', # see components_of
+    first_stage:str='', # '', 'plain' or a file
     seeds:int=1, # how many: seed, seed + 1, ...
-)->tuple: # (variant, sentence that says where the choice comes from)
-    "The variant that phase 2 trains: the lowest FID of phase 1 under the same conditions, or in BBDM's usual space, else the paper's winner."
-    runs = {s: [r for r in read_runs(phase='phase1', model=model, preset=preset, seed=s) if r.options['data']['fingerprint'] == photos.fingerprint] for s in range(seed, seed + seeds)}
-    for space, elsewhere in (((latent, first_stage), ''), ((default_latent(preset), ''), ' in the usual space (here it has not compared variants)')):
-        wanted = {s: dict(budget=budget) | space_options(model, 'phase1', preset, s, photos, *space) for s in runs}
-        winner = choose_winner([r for s in runs for r in newest_scored([r for r in runs[s] if wanted[s].items() <= r.options.items()])])
-        if not winner: continue
-        against = ', '.join(f'{v} {x:.2f}' for v, x in winner['compared'].items() if v != winner['variant'])
-        return winner['variant'], f"phase 1's winner{elsewhere}: {winner['metric']} {winner['value']:.2f} against {against} ({describe_lead(winner)})"
-    other = ', '.join(sorted({r.options['budget'] for rs in runs.values() for r in newest_scored(rs)} - {budget}))
-    why = f'phase 1 was run with another budget ({other}, not {budget})' if other else f'phase 1 of {model} has not compared variants here'
-    return PAPER_WINNER[model], f"the paper's winner, since {why}"
+)->tuple: # (variant, reason)
+    "The variant that phase 2 trains: phase 1's in the same space, or in the model's usual space, else the paper's."
+    runs = {}
+    for s in range(seed, seed + seeds):
+        found = read_runs(phase='phase1', model=model, preset=preset, seed=s)
+        runs[s] = [r for r in found if r.options['data']['fingerprint'] == photos.fingerprint]
+
+    def winner_in(latent, first_stage):
+        compared = []
+        for s in runs:
+            wanted = dict(budget=budget) | space_options(model, 'phase1', preset, s, photos, latent, first_stage)
+            compared += newest_scored([r for r in runs[s] if wanted.items() <= r.options.items()])
+        return choose_winner(compared)
+
+    winner, where = winner_in(latent, first_stage), ''
+    if not winner:
+        winner, where = winner_in('', ''), ' in the usual space (variants were not compared in this one)'
+    if winner:
+        others = ', '.join(f'{v} {x:.2f}' for v, x in winner['compared'].items() if v != winner['variant'])
+        score = f"{winner['metric']} {winner['value']:.2f} against {others} ({describe_lead(winner)})"
+        return winner['variant'], f"phase 1's winner{where}: {score}"
+    budgets = sorted({r.options['budget'] for found in runs.values() for r in newest_scored(found)} - {budget})
+    why = f'phase 1 of {model} has not compared variants here'
+    if budgets:
+        why = f'phase 1 was run with another budget ({", ".join(budgets)}, not {budget})'
+    return default_variant(model), f"the paper's winner, since {why}"
 
 # %% ../nbs/45_selection.ipynb #6aa644a4
 def find_run(
@@ -351,10 +400,15 @@ def newest_run(
     preset:str,
     seed:int, # of the run
     photos:Photos, # that the run was made with
-    latent:str='', # of bbdm, '': the preset's; runs with the usual first stage come before others
+    latent:str='', # see components_of; among runs in latents, those with a first stage of their own come first
 ): # Run, or None
     "The newest trained run of phase 2 of these photographs."
-    runs = [r for r in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if r.options['data']['fingerprint'] == photos.fingerprint]
-    latent = latent or default_latent(preset)
-    runs = [r for r in runs if r.options.get('latent', latent) == latent and list(r.path.glob('day-*.safetensors'))]
-    return max(runs, key=lambda r: (r.options.get('first_stage', '').startswith('own'), r.options['made']['time']), default=None)
+    latent = latent or default_latent(model, preset)
+    def suits(run):
+        o = run.options
+        return (o['data']['fingerprint'] == photos.fingerprint and o.get('latent', latent) == latent
+                and any(run.path.glob('day-*.safetensors')))
+    def rank(run):
+        return run.options.get('first_stage', '').startswith('own'), run.options['made']['time']
+    runs = [r for r in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if suits(r)]
+    return max(runs, key=rank, default=None)

@@ -16,16 +16,25 @@ from .core import figures_dir, repo_root, runs_dir
 from .dataset import dataset_name
 from .parameters import budget_or_default, comma_list, integer
 from .phases import _mirrored
-from .presets import DAYS, MODELS, PRESETS, components_of
+from .presets import ARCHITECTURES, DAYS, PRESETS, components_of
 from .status import show_status
 
 # %% ../nbs/60_study.ipynb #16958132
-def plan(models=MODELS, seeds:int=1, preset:str='smoke')->list: # (notebook, parameters, weight in the study's bar)
-    "The notebooks of the study in their order; the weights are typical shares of the time: one for each budget, half of one for a component, and that for each seed."
-    phases = [(n, dict(model=m), w + len(components_of(m, preset=preset))/2) for m in models for n, w in (('phase1', 4), ('phase2', 5))]
-    further = PRESETS[preset].get('further', [dict(first_stage='plain')]) if 'bbdm' in models else [] # whose components are trained for both phases at once
-    phases += [('phase2', dict(model='bbdm') | which, DAYS + len(components_of('bbdm', which.get('latent', ''), which.get('first_stage', ''), preset))) for which in further]
-    return [(n, p, w*seeds) for n, p, w in phases] + [('inference_time', {}, 1), ('results', {}, 1)]
+def plan(
+    models=None, # names of architectures; None: all
+    seeds:int=1,
+    preset:str='smoke',
+)->list: # (notebook, parameters, weight in the study's bar)
+    "The notebooks of the study in their order. A weight is a typical share of the time: 1 per budget, 1/2 per component."
+    models, steps = list(models or ARCHITECTURES), []
+    for model in models:
+        components = len(components_of(model, preset=preset))/2
+        steps += [('phase1', dict(model=model), 4 + components), ('phase2', dict(model=model), DAYS + components)]
+    for which in PRESETS[preset].further: # their components are trained for both phases at once
+        if which['model'] in models:
+            steps.append(('phase2', dict(which), DAYS + len(components_of(**which, preset=preset))))
+    steps = [(notebook, parameters, weight*seeds) for notebook, parameters, weight in steps]
+    return [*steps, ('inference_time', {}, 1), ('results', {}, 1)]
 
 # %% ../nbs/60_study.ipynb #8c605116
 class StudyProgress:
@@ -112,7 +121,7 @@ def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not ther
 def run_study(
     preset:str='smoke',
     data:str='embedded', # or a folder of photographs
-    models=MODELS, # names
+    models=None, # names of architectures; None: all
     seed:int=0,
     budget:str='', # of each variant and day; '' takes the preset's
     seeds:int=1, # how many: seed, seed + 1, ...
@@ -180,12 +189,12 @@ def main():
                                 epilog='python -m faic.study status shows how far every run is.')
     a.add_argument('--preset', default='smoke', choices=list(PRESETS))
     a.add_argument('--data', default='embedded', help="'embedded' or a folder of photographs")
-    a.add_argument('--models', default=','.join(MODELS), help='comma list')
+    a.add_argument('--models', default=','.join(ARCHITECTURES), help='comma list')
     a.add_argument('--seed', default=0, type=int)
     a.add_argument('--seeds', default=1, help='how many seeds: seed, seed + 1, ...; tables show mean and spread')
     a.add_argument('--budget', default='', help="of a variant and of a day, e.g. '200 steps', '0.5 hours'; default: the preset's")
     o = a.parse_args()
-    try: models, seeds, _ = comma_list(*MODELS)(o.models), integer(1)(o.seeds), budget_or_default(o.budget)
+    try: models, seeds, _ = comma_list(*ARCHITECTURES)(o.models), integer(1)(o.seeds), budget_or_default(o.budget)
     except ValueError as e: a.error(str(e))
     began = time.monotonic()
     folder = exit_on_signal(lambda: run_study(o.preset, o.data, models, o.seed, o.budget, seeds))
