@@ -1,4 +1,5 @@
 """Every test session gets fresh folders for runs and figures, so that no test sees or touches a real run."""
+
 import os
 import tempfile
 
@@ -11,7 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: longer than the ten minutes of `make test` allow; run with `pytest -m slow`")
+    config.addinivalue_line(
+        "markers", "slow: longer than the ten minutes of `make test` allow; run with `pytest -m slow`"
+    )
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
 

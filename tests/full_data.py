@@ -9,6 +9,7 @@ copies where the disk is another; so they come from the page cache, and the seco
 Memory is RssAnon of /proc/<pid>/status, looked at 50 times a second: what a process itself holds, without the pages of mapped files, which the
 kernel takes back when it needs them. VmHWM is the peak with those pages. Needs Linux.
 """
+
 import argparse
 import dataclasses
 import itertools
@@ -47,7 +48,11 @@ def photographs(a):
 
 def prepare(a):
     photos = photographs(a)
-    return dict(fingerprint=photos.fingerprint, bytes=(photos.folder / "pixels.u8").stat().st_size, rest=sum(f.stat().st_size for f in photos.folder.iterdir() if f.suffix != ".u8"))
+    return dict(
+        fingerprint=photos.fingerprint,
+        bytes=(photos.folder / "pixels.u8").stat().st_size,
+        rest=sum(f.stat().st_size for f in photos.folder.iterdir() if f.suffix != ".u8"),
+    )
 
 
 def load(a):
@@ -81,7 +86,10 @@ def batches(a, seconds=10):
         while time.perf_counter() - began < seconds:
             next(stream)
             made += 1
-        found[size] = dict(batches_per_second=made / (time.perf_counter() - began), cpu_ms_per_image=1000 * (time.process_time() - cpu) / made / size)
+        found[size] = dict(
+            batches_per_second=made / (time.perf_counter() - began),
+            cpu_ms_per_image=1000 * (time.process_time() - cpu) / made / size,
+        )
         stream.close()
     return found
 
@@ -107,7 +115,9 @@ STEPS = dict(prepare=prepare, load=load, enlarge=enlarge, batches=batches, evalu
 
 def memory(pid, field):
     try:
-        line = next((l for l in Path(f"/proc/{pid}/status").read_text().splitlines() if l.startswith(field + ":")), "_ 0")
+        line = next(
+            (l for l in Path(f"/proc/{pid}/status").read_text().splitlines() if l.startswith(field + ":")), "_ 0"
+        )
     except (FileNotFoundError, ProcessLookupError):
         line = "_ 0"
     return int(line.split()[1]) * 1024
@@ -115,8 +125,20 @@ def memory(pid, field):
 
 def start(a, step, runs):
     environment = dict(os.environ, FAIC_RUNS=str(a.folder / runs))
-    mine = [str(a.folder), "--images", str(a.images), "--side", str(a.side), "--load-side", str(a.load_side), "--evaluated", str(a.evaluated)]
-    return subprocess.Popen([sys.executable, __file__, *mine, "--step", step], env=environment, stdout=subprocess.PIPE, text=True)
+    mine = [
+        str(a.folder),
+        "--images",
+        str(a.images),
+        "--side",
+        str(a.side),
+        "--load-side",
+        str(a.load_side),
+        "--evaluated",
+        str(a.evaluated),
+    ]
+    return subprocess.Popen(
+        [sys.executable, __file__, *mine, "--step", step], env=environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def measured(a, step, runs="runs"):
@@ -130,7 +152,9 @@ def measured(a, step, runs="runs"):
     if process.returncode:
         raise SystemExit(f"{step} stopped with exit code {process.returncode}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    found = dict(json.loads(process.stdout.read().splitlines()[-1]), wall=wall, cpu=cpu, anonymous=anonymous, whole=whole)
+    found = dict(
+        json.loads(process.stdout.read().splitlines()[-1]), wall=wall, cpu=cpu, anonymous=anonymous, whole=whole
+    )
     print(step, json.dumps(found), flush=True)
     return found
 
@@ -151,26 +175,40 @@ def killed(a, runs):
 def table(a, found):
     gb, mb, times = 1e9, 1e6, FULL / a.images
     limit = {"prepare": "1000 MB", "evaluation": "4000 MB", "evaluation again": "4000 MB"}
-    lines = [f"| step | s | CPU s | memory of its own, MB | with mapped pages, MB | limit | CPU s at {FULL} |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| step | s | CPU s | memory of its own, MB | with mapped pages, MB | limit | CPU s at {FULL} |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, f in found.items():
         grows = not name.startswith(("evaluation", "batches"))
         full = f"{f['cpu'] * times:.0f}" if grows else f"{f['cpu']:.0f}"
-        lines.append(f"| {name} | {f['wall']:.1f} | {f['cpu']:.1f} | {f['anonymous'] / mb:.0f} | {f['whole'] / mb:.0f} | {limit.get(name, '')} | {full} |")
+        lines.append(
+            f"| {name} | {f['wall']:.1f} | {f['cpu']:.1f} | {f['anonymous'] / mb:.0f} | {f['whole'] / mb:.0f} | {limit.get(name, '')} | {full} |"
+        )
     p, e, n = found["prepare"], found["enlarge"], a.evaluated
-    lines += ["", f"- {a.images} photographs at {a.side}x{a.side}; every CPU s grows with their number but those of batches and evaluation ({n} photographs).",
-              f"- Disk: {p['bytes'] / gb:.2f} GB prepared, {p['rest'] / mb:.1f} MB beside it, {e['bytes'] / gb:.2f} GB enlarged to {a.load_side} ({e['images']} photographs); "
-              f"at {FULL}: {p['bytes'] * times / gb:.1f}, {p['rest'] * times / gb:.2f} and {e['bytes'] * times / gb:.1f} GB.",
-              f"- Loading again, after {found['load']['imported']:.1f} s of imports: {found['load']['loaded']:.2f} s; at {FULL}: {found['load']['loaded'] * times:.1f} s.",
-              *(f"- Batches of {size} from the enlarged array: {b['batches_per_second']:.0f} a second, {b['cpu_ms_per_image']:.2f} CPU ms an image." for size, b in found["batches"].items() if size.isdigit()),
-              f"- Killed after {found['resumed']['done']} files and resumed: fingerprint {found['resumed']['fingerprint']}; undisturbed {p['fingerprint']}.",
-              f"- Images judged: {found['evaluation']['judged']} in the first evaluation, {found['evaluation again']['judged']} in the second."]
+    lines += [
+        "",
+        f"- {a.images} photographs at {a.side}x{a.side}; every CPU s grows with their number but those of batches and evaluation ({n} photographs).",
+        f"- Disk: {p['bytes'] / gb:.2f} GB prepared, {p['rest'] / mb:.1f} MB beside it, {e['bytes'] / gb:.2f} GB enlarged to {a.load_side} ({e['images']} photographs); "
+        f"at {FULL}: {p['bytes'] * times / gb:.1f}, {p['rest'] * times / gb:.2f} and {e['bytes'] * times / gb:.1f} GB.",
+        f"- Loading again, after {found['load']['imported']:.1f} s of imports: {found['load']['loaded']:.2f} s; at {FULL}: {found['load']['loaded'] * times:.1f} s.",
+        *(
+            f"- Batches of {size} from the enlarged array: {b['batches_per_second']:.0f} a second, {b['cpu_ms_per_image']:.2f} CPU ms an image."
+            for size, b in found["batches"].items()
+            if size.isdigit()
+        ),
+        f"- Killed after {found['resumed']['done']} files and resumed: fingerprint {found['resumed']['fingerprint']}; undisturbed {p['fingerprint']}.",
+        f"- Images judged: {found['evaluation']['judged']} in the first evaluation, {found['evaluation again']['judged']} in the second.",
+    ]
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--photographs", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "photos256")
+    parser.add_argument(
+        "--photographs", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "photos256"
+    )
     for name, value in dict(images=20_000, side=256, load_side=286, evaluated=5_000).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--keep", action="store_true", help="leave everything there")

@@ -4,6 +4,7 @@
 
 Prints a line a kill (where it hit) and a line a model; exits with 1 where a bit differs. Budgets are small, checkpoints frequent, so that kills hit all stages: parts, latents, days, checkpoints, evaluations.
 """
+
 import json
 import os
 import random
@@ -44,13 +45,26 @@ def work(model, precision):
     photos, cpu = load_photos(), pick_device("cpu")
     sampling = default_sampling(model, "smoke") | (dict(sample_steps=3) if model == "bbdm" else {})
     components, sampling = prepare_components(model, "phase2", "smoke", 0, photos, sampling, Judge(), cpu)
-    run_days(study_run("phase2", model, "default", "smoke", 0, photos, Budget(5 * STEPS // 3, "steps"), cpu), photos, Judge(), sampling, cpu, components)
+    run_days(
+        study_run("phase2", model, "default", "smoke", 0, photos, Budget(5 * STEPS // 3, "steps"), cpu),
+        photos,
+        Judge(),
+        sampling,
+        cpu,
+        components,
+    )
     print("done", flush=True)
 
 
 def start(model, runs, precision):
     environment = dict(os.environ, FAIC_RUNS=str(runs), OMP_NUM_THREADS="1")
-    started = subprocess.Popen([sys.executable, __file__, "--work", model, precision], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        [sys.executable, __file__, "--work", model, precision],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert started.stdout.readline() == "ready\n", started.stderr.read()
     return started
 
@@ -64,11 +78,15 @@ def stage(runs):
 
 def outcome(runs):
     """All weights and metrics of all runs."""
-    found = {f"{f.parent.name}/{f.name}/{k}": v for f in runs.glob("*/day-*.safetensors") for k, v in load_file(f).items()}
+    found = {
+        f"{f.parent.name}/{f.name}/{k}": v for f in runs.glob("*/day-*.safetensors") for k, v in load_file(f).items()
+    }
     for f in runs.glob("*/metrics.csv"):
         lines = [line.split(",") for line in f.read_text().splitlines()]
         kept = [i for i, name in enumerate(lines[0]) if "seconds" not in name]
-        found[f"{f.parent.name}/metrics"] = np.frombuffer("\n".join(",".join(line[i] for i in kept) for line in lines).encode(), np.uint8)
+        found[f"{f.parent.name}/metrics"] = np.frombuffer(
+            "\n".join(",".join(line[i] for i in kept) for line in lines).encode(), np.uint8
+        )
     return found
 
 

@@ -1,4 +1,5 @@
 """What the tests of the phases share: papermill as a user starts it, and small stand-ins."""
+
 import json
 import shutil
 import subprocess
@@ -68,7 +69,9 @@ def interrupt(monkeypatch, owner, call, work):
 
 def small_parts(monkeypatch, steps):
     """Parts of a few steps, for tests inside this process."""
-    monkeypatch.setitem(PRESETS["smoke"], "components", {p: (f"{steps} steps", f"{steps} steps") for p in COMPONENTS["coltran"]})
+    monkeypatch.setitem(
+        PRESETS["smoke"], "components", {p: (f"{steps} steps", f"{steps} steps") for p in COMPONENTS["coltran"]}
+    )
 
 
 def weights(run):
@@ -96,4 +99,12 @@ def colorized(photo, frame="whole", **sampling):
     sampling = default_sampling(o["model"], o["preset"]) | sampling
     components = find_components(run, sampling, CPU)
     trainee = load_weights(make_trainee(o["model"], o["train"], components=components), last_day(run)[1])
-    return colorize_photo(make_colorizer(o["model"], trainee, sampling, components), photo, o["train"]["side"], trainee.gray_kind, make_generator(0), CPU, frame)
+    return colorize_photo(
+        make_colorizer(o["model"], trainee, sampling, components),
+        photo,
+        o["train"]["side"],
+        trainee.gray_kind,
+        make_generator(0),
+        CPU,
+        frame,
+    )

@@ -1,4 +1,5 @@
 """The study as jobs: on this machine through submitit's local executor, and under a SLURM that only takes notes. (No real SLURM was at hand.)"""
+
 import functools
 import json
 import os
@@ -49,11 +50,17 @@ def runs(tmp_path, monkeypatch):
 @pytest.mark.slow  # three kernels
 def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
     """Parts, then a variant, in two processes; the variant gets SLURM's warning in its training and is started again."""
-    jobs = [j for j in study_jobs("smoke", models=("pix2pix",), budget="60 steps") if j.name in ("phase1-pix2pix-parts", "phase1-pix2pix-default")]
+    jobs = [
+        j
+        for j in study_jobs("smoke", models=("pix2pix",), budget="60 steps")
+        if j.name in ("phase1-pix2pix-parts", "phase1-pix2pix-default")
+    ]
     seen = {}
 
     def warn():
-        while not (logs := list(runs.glob("phase1-pix2pix-default-*/log.jsonl"))) or not logs[0].read_text().endswith("\n"):
+        while not (logs := list(runs.glob("phase1-pix2pix-default-*/log.jsonl"))) or not logs[0].read_text().endswith(
+            "\n"
+        ):
             time.sleep(0.05)
         seen["line"] = logs[0].read_text().splitlines()[0]
         for p in psutil.Process().children(recursive=True):
@@ -65,16 +72,26 @@ def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
     (run,) = read_runs(phase="phase1", model="pix2pix")
     assert run.metrics()["step"].tolist() == [60]
     assert "Requeued" in "".join(f.read_text() for f in (runs / "logs").glob("*.out"))
-    assert (run.path / "log.jsonl").read_text().splitlines()[0] == seen["line"], "it went on: begun anew, it would have taken other seconds"
+    assert (run.path / "log.jsonl").read_text().splitlines()[0] == seen["line"], (
+        "it went on: begun anew, it would have taken other seconds"
+    )
     executed = (runs / "study-smoke-embedded-s0" / "phase1-pix2pix-none.ipynb").read_text()
-    assert "no variant was asked for: the baselines are scored" in executed and (runs / "study-smoke-embedded-s0" / "phase1-pix2pix-default.ipynb").exists()
+    assert (
+        "no variant was asked for: the baselines are scored" in executed
+        and (runs / "study-smoke-embedded-s0" / "phase1-pix2pix-default.ipynb").exists()
+    )
     table = status().set_index("run")
     assert table["state"].eq("finished").all() and len(table) == 3 and table["error"].isna().all()
     assert table.loc[run.path.name, "used"] == "60 of 60 steps" and table.loc[run.path.name, "left"] == 0
     assert max(map(len, describe_status(status()).splitlines())) <= 120
-    row, files = job_row(jobs[1], photograph_counts("smoke", "embedded")), [f for f in run.path.iterdir() if f.suffix in (".pt", ".safetensors")]
+    row, files = (
+        job_row(jobs[1], photograph_counts("smoke", "embedded")),
+        [f for f in run.path.iterdir() if f.suffix in (".pt", ".safetensors")],
+    )
     assert len(files) == 3 and sum(f.stat().st_size for f in files) == pytest.approx(row["bytes"], rel=0.03)
-    assert job_row(jobs[1], dict(train_phase1=72, validation=48))["evaluation"] > 0, "this run has measured what an evaluation takes"
+    assert job_row(jobs[1], dict(train_phase1=72, validation=48))["evaluation"] > 0, (
+        "this run has measured what an evaluation takes"
+    )
 
 
 def test_ctrl_c_lets_notebooks_save(runs, monkeypatch):
@@ -88,7 +105,11 @@ def test_ctrl_c_lets_notebooks_save(runs, monkeypatch):
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(faic.cluster, "NotebookJob", lambda job, folder: functools.partial(subprocess.run, [sys.executable, "-c", kernel, "ipykernel", str(said)]))
+    monkeypatch.setattr(
+        faic.cluster,
+        "NotebookJob",
+        lambda job, folder: functools.partial(subprocess.run, [sys.executable, "-c", kernel, "ipykernel", str(said)]),
+    )
     monkeypatch.setattr(faic.cluster, "run_jobs", interrupted)
     with pytest.raises(SystemExit, match="goes on from the last checkpoints"):
         run_local(study_jobs("smoke", models=("pix2pix",)), [None], runs / "logs")
@@ -97,7 +118,9 @@ def test_ctrl_c_lets_notebooks_save(runs, monkeypatch):
 
 
 def test_a_gpu_has_one_job_at_a_time_and_sees_no_other(runs, monkeypatch):
-    monkeypatch.setattr(faic.cluster, "NotebookJob", lambda job, folder: functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"))
+    monkeypatch.setattr(
+        faic.cluster, "NotebookJob", lambda job, folder: functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES")
+    )
     handles = {}
 
     def keep(jobs, slots, start):
@@ -117,7 +140,9 @@ def test_a_gpu_has_one_job_at_a_time_and_sees_no_other(runs, monkeypatch):
 
 def test_a_failure_says_its_last_line(runs, monkeypatch):
     def stopped(*_):
-        raise SystemExit("\nphase1 {'model': 'bbdm'} stopped:\nOutOfMemoryError: too small\nThe whole notebook: /out.ipynb")
+        raise SystemExit(
+            "\nphase1 {'model': 'bbdm'} stopped:\nOutOfMemoryError: too small\nThe whole notebook: /out.ipynb"
+        )
 
     monkeypatch.setattr(faic.cluster, "run_notebook", stopped)
     with pytest.raises(RuntimeError) as error:
@@ -128,10 +153,17 @@ def test_a_failure_says_its_last_line(runs, monkeypatch):
 
 
 def test_the_command_names_what_failed_and_its_notebook(runs, monkeypatch, capsys):
-    monkeypatch.setattr(faic.cluster, "run_local", lambda jobs, slots, logs: {j.name: "ValueError: no" if j.name.endswith("adam") else "" for j in jobs})
+    monkeypatch.setattr(
+        faic.cluster,
+        "run_local",
+        lambda jobs, slots, logs: {j.name: "ValueError: no" if j.name.endswith("adam") else "" for j in jobs},
+    )
     with pytest.raises(SystemExit, match="1 of 8 jobs are not done: phase1-coltran-adam"):
         main(["run", "--preset", "smoke", "--models", "coltran"])
-    assert f"phase1-coltran-adam: ValueError: no; {runs}/study-smoke-embedded-s0/phase1-coltran-adam.ipynb" in capsys.readouterr().out
+    assert (
+        f"phase1-coltran-adam: ValueError: no; {runs}/study-smoke-embedded-s0/phase1-coltran-adam.ipynb"
+        in capsys.readouterr().out
+    )
 
 
 # Under SLURM.
@@ -144,7 +176,9 @@ def slurm(tmp_path, monkeypatch):
     folder.mkdir()
     sbatch = 'n=$(ls "$D"/*.sh 2>/dev/null | wc -l); if [ -e "$D/refuse" ] && [ $n -ge 2 ]; then echo "sbatch: error: invalid partition specified" >&2; exit 1; fi\ncp "$1" "$D/$((100+n)).sh"; echo "Submitted batch job $((100+n))"'
     for name in ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol"):
-        (folder / name).write_text(f'#!/bin/bash\nD={folder}\necho {name} "$@" >> "$D/calls"\n' + (sbatch if name == "sbatch" else ""))
+        (folder / name).write_text(
+            f'#!/bin/bash\nD={folder}\necho {name} "$@" >> "$D/calls"\n' + (sbatch if name == "sbatch" else "")
+        )
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
@@ -155,7 +189,9 @@ def asked(script):
 
 
 def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
-    main("run --preset smoke --models coltran,bbdm --on slurm --partition gpu --account me --time 2-00:00:00 --slurm-extra constraint=h100 --slurm-extra mail-type=FAIL".split())
+    main(
+        "run --preset smoke --models coltran,bbdm --on slurm --partition gpu --account me --time 2-00:00:00 --slurm-extra constraint=h100 --slurm-extra mail-type=FAIL".split()
+    )
     scripts = {asked(f)["job-name"]: (f.stem, asked(f)) for f in sorted(slurm.glob("*.sh"))}
     number = {name.removeprefix("faic-"): n for name, (n, _) in scripts.items()}
     jobs = study_jobs("smoke", models=("coltran", "bbdm"))
@@ -164,13 +200,23 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
         options = scripts[f"faic-{job.name}"][1]
         wanted = ":".join([job.dependency, *(number[n] for n in job.depends_on)]) if job.depends_on else None
         assert options.get("dependency") == wanted, job.name
-        assert (options["time"], options["partition"], options["account"], options["constraint"], options["mail-type"]) == ("2880", "gpu", "me", "h100", "FAIL")
+        assert (
+            options["time"],
+            options["partition"],
+            options["account"],
+            options["constraint"],
+            options["mail-type"],
+        ) == ("2880", "gpu", "me", "h100", "FAIL")
         assert options["kill-on-invalid-dep"] == "yes" and "requeue" in options and options["signal"] == "USR2@600"
         assert options.get("gpus-per-node") == (None if job.name == "results" else "1")
     assert number["phase1-bbdm-l2"] in scripts["faic-phase2-bbdm-plain"][1]["dependency"]
     (logs,) = (runs / "study-smoke-embedded-s0" / "jobs").iterdir()
     kept = submitit.core.utils.DelayedSubmission.load(logs / f"{number['phase1-bbdm-l2']}_submitted.pkl")
-    assert kept.function.job == next(j for j in jobs if j.name == "phase1-bbdm-l2") and kept._timeout_countdown == 100 and kept._timeout_min == 2880
+    assert (
+        kept.function.job == next(j for j in jobs if j.name == "phase1-bbdm-l2")
+        and kept._timeout_countdown == 100
+        and kept._timeout_min == 2880
+    )
     assert f"{number['results']} faic-results" in capsys.readouterr().out
     again = kept._checkpoint_function()
     assert (again.function.job, again.function.folder) == (kept.function.job, kept.function.folder)
@@ -178,7 +224,9 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
 
 def test_slurm_refuses_half_way(slurm, runs):
     (slurm / "refuse").touch()
-    with pytest.raises(SystemExit, match="(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"):
+    with pytest.raises(
+        SystemExit, match="(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"
+    ):
         main("run --preset smoke --on slurm --partition nowhere".split())
 
 
@@ -186,13 +234,19 @@ def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
     """The printed options against those of the submitted scripts."""
     main("plan --preset smoke --models pix2pix --on slurm --qos long".split())
     printed = capsys.readouterr().out
-    shared, *own = printed[printed.index("sbatch, all jobs:"):].splitlines()
+    shared, *own = printed[printed.index("sbatch, all jobs:") :].splitlines()
     main("run --preset smoke --models pix2pix --on slurm --qos long".split())
     names = {f.stem: asked(f)["job-name"] for f in slurm.glob("*.sh")}
     for file, line in zip(sorted(slurm.glob("*.sh")), own, strict=True):
         flags = dict(re.findall(r"--([\w-]+)(?:=(\S+))?", f"{shared} {line}"))
-        submitted = {k: v for k, v in asked(file).items() if k not in ("error", "output", "open-mode", "wckey", "nodes")}
-        submitted |= dict(dependency=re.sub(r"\d+", lambda n: f"<{names[n[0]].removeprefix('faic-')}>", submitted["dependency"])) if "dependency" in submitted else {}
+        submitted = {
+            k: v for k, v in asked(file).items() if k not in ("error", "output", "open-mode", "wckey", "nodes")
+        }
+        submitted |= (
+            dict(dependency=re.sub(r"\d+", lambda n: f"<{names[n[0]].removeprefix('faic-')}>", submitted["dependency"]))
+            if "dependency" in submitted
+            else {}
+        )
         assert flags == submitted
 
 
@@ -204,10 +258,20 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
     assert len(jobs) == 3 * 6 + 2
     variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in PAPER_FID["pix2pix"]]
     for seed in (0, 1, 2):
-        assert all(jobs[v].depends_on == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed for v in variants if v.endswith(f"s{seed}"))
+        assert all(
+            jobs[v].depends_on == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed
+            for v in variants
+            if v.endswith(f"s{seed}")
+        )
         last = jobs[f"phase2-pix2pix-s{seed}"]
-        assert last.depends_on == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
-    assert jobs["inference_time"].depends_on == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2)) and jobs["results"].parameters["seeds"] == 3
+        assert last.depends_on == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (
+            3,
+            str(seed),
+        )
+    assert (
+        jobs["inference_time"].depends_on == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2))
+        and jobs["results"].parameters["seeds"] == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +293,9 @@ def test_mistakes_are_told_at_once(given, said, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seen, gpus, at_once, slots", [("", "2,5", 0, [2, 5]), ("4,6", "", 0, [4, 6]), ("", "", 3, [None] * 3)])
+@pytest.mark.parametrize(
+    "seen, gpus, at_once, slots", [("", "2,5", 0, [2, 5]), ("4,6", "", 0, [4, 6]), ("", "", 3, [None] * 3)]
+)
 def test_where_jobs_run(seen, gpus, at_once, slots, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -267,25 +333,54 @@ def test_baselines_are_scored_once_by_two_at_a_time(runs):
 
 
 def made(variant, budget="100 steps", phase="phase1"):
-    return open_run(dict(phase=phase, model="pix2pix", variant=variant, preset="smoke", seed=0, train=model_options("pix2pix", "smoke"), budget=budget), CPU)
+    return open_run(
+        dict(
+            phase=phase,
+            model="pix2pix",
+            variant=variant,
+            preset="smoke",
+            seed=0,
+            train=model_options("pix2pix", "smoke"),
+            budget=budget,
+        ),
+        CPU,
+    )
 
 
 def test_status_of_every_kind_of_run(runs):
     running = made("default", "10 hours", "phase2")
     running.log(step=40, fraction=0.25, seconds=9000.0)
     running.log(event="continues", steps=3)
-    keep = subprocess.Popen([sys.executable, "-c", f"import fcntl; f = open({str(running.path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"], stdin=-1, stdout=-1)
+    keep = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f = open({str(running.path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()",
+        ],
+        stdin=-1,
+        stdout=-1,
+    )
     keep.stdout.readline()
     stopped = made("batch32")
     stopped.log(step=25, fraction=0.25, seconds=10.0)
     (stopped.path / "lock").touch()
     failed = made("beta1-0.7")
-    write_json(failed.path / "error.json", dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs"))
+    write_json(
+        failed.path / "error.json",
+        dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs"),
+    )
     fresh = made("lr-5e-4")
     table = status().set_index("run")
-    assert [table.loc[r.path.name, "state"] for r in (running, stopped, failed, fresh)] == ["running", "interrupted", "failed", "not begun"]
+    assert [table.loc[r.path.name, "state"] for r in (running, stopped, failed, fresh)] == [
+        "running",
+        "interrupted",
+        "failed",
+        "not begun",
+    ]
     one = table.loc[running.path.name]
-    assert (one["used"], one["left"], one["seconds"]) == ("1.2 of 5 days", 7.5 * 3600, 9000), "of hours, what is left is exact"
+    assert (one["used"], one["left"], one["seconds"]) == ("1.2 of 5 days", 7.5 * 3600, 9000), (
+        "of hours, what is left is exact"
+    )
     assert run_progress(stopped)["left"] == 30, "of steps, it goes by those made so far"
     assert table.loc[failed.path.name, "error"] == "ValueError: no photographs (step None, 2026-11-26T10:00:00+00:00)"
     keep.communicate(b"\n")
@@ -293,7 +388,13 @@ def test_status_of_every_kind_of_run(runs):
 
 
 def test_status_survives_damage_and_says_where(runs):
-    cut, weights, rows, options, early = made("default"), made("batch32"), made("beta1-0.7"), made("lr-5e-4"), made("default", "7 steps")
+    cut, weights, rows, options, early = (
+        made("default"),
+        made("batch32"),
+        made("beta1-0.7"),
+        made("lr-5e-4"),
+        made("default", "7 steps"),
+    )
     (cut.path / "log.jsonl").write_text('{"step": 1, "fra\n{"step": 2, "fraction": 0.5, "seconds": 3}\n')
     (weights.path / "day-1.safetensors").write_bytes(b"\x07half a file")
     (rows.path / "metrics.csv").write_text("")
@@ -303,6 +404,12 @@ def test_status_survives_damage_and_says_where(runs):
     whole = made("default", "9 steps")
     table = status().set_index("run")
     assert len(table) == 6 and pd.isna(table.loc[whole.path.name, "error"])
-    for run, said in ((cut, "JSONDecodeError"), (weights, "Safetensor"), (rows, "EmptyDataError"), (options, "not valid JSON"), (early, "options.json")):
+    for run, said in (
+        (cut, "JSONDecodeError"),
+        (weights, "Safetensor"),
+        (rows, "EmptyDataError"),
+        (options, "not valid JSON"),
+        (early, "options.json"),
+    ):
         assert said in table.loc[run.path.name, "error"], run.path.name
     assert table.loc[early.path.name, "state"] == "damaged" and json.dumps(describe_status(table.reset_index()))

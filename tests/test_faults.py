@@ -1,4 +1,5 @@
 """What days of training meet: full and read-only disks, too little memory, damaged and foreign checkpoints. Nothing that was finished is lost."""
+
 import contextlib
 import errno
 import subprocess
@@ -16,7 +17,9 @@ from faic.runs import open_run
 from faic.trainer import Trainer, train_day
 
 PHOTOGRAPHS = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
-OPTIONS = dict(batch_size=4, optimizer="adam", lr=0.01, beta1=0.9, beta2=0.999, schedule="half", crop=8, flip=True, seed=0)
+OPTIONS = dict(
+    batch_size=4, optimizer="adam", lr=0.01, beta1=0.9, beta2=0.999, schedule="half", crop=8, flip=True, seed=0
+)
 
 
 class Wide:
@@ -35,7 +38,9 @@ class Wide:
         self.calls += 1
         if self.calls == self.at:
             self.do()
-        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * sample_per_image(torch.rand, (len(batch["index"]), 1), generator)
+        target = batch["rgb"].mean((1, 2, 3))[:, None] + 0.1 * sample_per_image(
+            torch.rand, (len(batch["index"]), 1), generator
+        )
         yield "net", (self.net(torch.ones(1, 1)) - target).square().mean()
 
 
@@ -43,7 +48,9 @@ def trainer(folder, monkeypatch, trainee=None, **more):
     """Two days of 50 steps, with a checkpoint at every look."""
     monkeypatch.setenv("FAIC_RUNS", str(folder))
     run = open_run(dict(phase="test", model="wide", preset="none", seed=0), pick_device("cpu"))
-    return Trainer(trainee or Wide(), run, PHOTOGRAPHS, np.arange(8), Budget(100, "steps"), OPTIONS, 2, save_minutes=0, **more)
+    return Trainer(
+        trainee or Wide(), run, PHOTOGRAPHS, np.arange(8), Budget(100, "steps"), OPTIONS, 2, save_minutes=0, **more
+    )
 
 
 def train(trainer):
@@ -89,11 +96,16 @@ def test_a_full_disk_costs_checkpoints_but_no_day(tmp_path, monkeypatch, whole, 
     with small_disk(tmp_path / "disk") as disk:
         filled = []
         t = trainer(disk, monkeypatch, Wide(at=60, do=lambda: filled.append(fill(disk))))
-        with pytest.raises(TrainingStopped, match="No space left on device .* MB are free.*the same command then goes on from last.pt, step 50"):
+        with pytest.raises(
+            TrainingStopped,
+            match="No space left on device .* MB are free.*the same command then goes on from last.pt, step 50",
+        ):
             train(t)
         assert "no checkpoint, No space left on device" in capsys.readouterr().out and t.step == 100
         assert t.day_weights(1).exists() and not t.day_weights(2).exists() and not list(t.run.path.glob(".*.part"))
-        with pytest.raises(TrainingStopped, match="needs .* GB for its checkpoints and days, and .* GB left; free some"):
+        with pytest.raises(
+            TrainingStopped, match="needs .* GB for its checkpoints and days, and .* GB left; free some"
+        ):
             trainer(disk, monkeypatch)
         filled[0].unlink()
         again = trainer(disk, monkeypatch)
@@ -110,7 +122,10 @@ def test_a_folder_that_became_read_only_keeps_its_days(tmp_path, monkeypatch, wh
 
         _LOCKS.pop(t.run.path.resolve() / "lock").close()
         remount("ro")
-        with pytest.raises(TrainingStopped, match=r"cannot be written \(Read-only file system\); make it writable, or name another place"):
+        with pytest.raises(
+            TrainingStopped,
+            match=r"cannot be written \(Read-only file system\); make it writable, or name another place",
+        ):
             trainer(disk, monkeypatch)
         remount("rw")
         assert same(train(trainer(disk, monkeypatch)), whole)
@@ -123,7 +138,11 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, mon
         train(t)
     content = bytearray(t.checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
-    {"cut": lambda: t.checkpoint.write_bytes(content[:-100]), "flipped": lambda: t.checkpoint.write_bytes(content), "gone": t.checkpoint.unlink}[damage]()
+    {
+        "cut": lambda: t.checkpoint.write_bytes(content[:-100]),
+        "flipped": lambda: t.checkpoint.write_bytes(content),
+        "gone": t.checkpoint.unlink,
+    }[damage]()
     again = trainer(tmp_path / "runs", monkeypatch)
     assert again.step == 50 and "damaged or missing: going on from previous.pt, step 50" in capsys.readouterr().out
     assert same(train(again), whole)
@@ -142,7 +161,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
 def test_too_little_memory_is_met_by_pieces(tmp_path, monkeypatch, whole):
     """Stopped by an allocator that has not enough, the run goes on in two pieces and keeps its days."""
     t = trainer(tmp_path / "runs", monkeypatch, Wide(at=60, do=lambda: torch.empty(2**60, dtype=torch.uint8)))
-    with pytest.raises(TrainingStopped, match="step 60: out of memory on cpu. Start again with -p micro_batches 2.*Last checkpoint: last.pt, step 50"):
+    with pytest.raises(
+        TrainingStopped,
+        match="step 60: out of memory on cpu. Start again with -p micro_batches 2.*Last checkpoint: last.pt, step 50",
+    ):
         train(t)
     assert read_json(t.run.path / "error.json")["error"] == "TrainingStopped"
     first, second = train(trainer(tmp_path / "runs", monkeypatch, micro_batches=2))
@@ -179,7 +201,10 @@ def test_nothing_but_the_steps_own_generator_is_drawn_from(tmp_path, monkeypatch
     """So there is no random state that a checkpoint would have to hold."""
     import together
 
-    step, states = together.train_step, lambda: (torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64)))
+    step, states = (
+        together.train_step,
+        lambda: (torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64))),
+    )
 
     def watched(trainer, batch):
         before = states()

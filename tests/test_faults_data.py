@@ -1,4 +1,5 @@
 """What goes wrong with data: folders that change between two days, arrays that are damaged, disks that are full or read-only, loaders that fail. Images are made here, from seeds."""
+
 import errno
 import itertools
 import os
@@ -34,7 +35,9 @@ def runs(tmp_path, monkeypatch):
 
 
 def photo(seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((40, 36), Image.BICUBIC)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
+        (40, 36), Image.BICUBIC
+    )
 
 
 def save(folder, seed, name=None):
@@ -52,7 +55,16 @@ def folder(tmp_path):
 
 def run_with(photos):
     """A run that was made with these photographs."""
-    return open_run(dict(phase="phase2", model="pix2pix", preset="smoke", seed=0, data=dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side)), CPU)
+    return open_run(
+        dict(
+            phase="phase2",
+            model="pix2pix",
+            preset="smoke",
+            seed=0,
+            data=dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side),
+        ),
+        CPU,
+    )
 
 
 @pytest.fixture
@@ -63,7 +75,13 @@ def small_disk(tmp_path):
     def mount(size, options="rw"):
         path = tmp_path / f"disk{len(mounted)}"
         path.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(path)], capture_output=True) if shutil.which("mount") else None
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(path)], capture_output=True
+            )
+            if shutil.which("mount")
+            else None
+        )
         if done is None or done.returncode:
             pytest.skip("no small disk can be mounted here: that needs the rights of an administrator")
         mounted.append(path)
@@ -85,13 +103,23 @@ def test_a_changed_folder_is_refused_where_runs_need_it_and_the_prepared_one_goe
     photo(11).resize((50, 36)).save(folder / "11.bmp")
     with pytest.raises(ValueError) as error:
         load_photos(folder, SIDE)
-    for said in ("removed: 1 (07.bmp)", "added: 1 (99.bmp)", "changed: 1 (11.bmp)", f"give as data what was prepared, which needs the photographs no more: {first.folder} ", "move"):
+    for said in (
+        "removed: 1 (07.bmp)",
+        "added: 1 (99.bmp)",
+        "changed: 1 (11.bmp)",
+        f"give as data what was prepared, which needs the photographs no more: {first.folder} ",
+        "move",
+    ):
         assert said in str(error.value)
     assert len(list(runs_dir().glob("data-*"))) == 1, "nothing was prepared"
     shutil.rmtree(folder)
     again = load_photos(first.folder, SIDE)
-    assert (again.name, again.fingerprint, again.side) == (first.name, first.fingerprint, SIDE) and (again.array == first.array).all()
-    assert data_name(str(first.folder)) == "photos" and results_folder("laptop", str(first.folder)) == results_folder("laptop", str(folder))
+    assert (again.name, again.fingerprint, again.side) == (first.name, first.fingerprint, SIDE) and (
+        again.array == first.array
+    ).all()
+    assert data_name(str(first.folder)) == "photos" and results_folder("laptop", str(first.folder)) == results_folder(
+        "laptop", str(folder)
+    )
 
 
 def test_the_way_to_begin_anew(folder, tmp_path, capsys):
@@ -108,7 +136,10 @@ def test_a_changed_folder_that_no_run_needs_is_prepared_anew_and_said(folder, ca
     save(folder, 98)
     second = load_photos(folder, SIDE)
     assert second.fingerprint != first.fingerprint
-    assert f"not what it was when {first.folder.name} was prepared. removed: 1 (07.bmp); added: 1 (98.bmp). No run was made with that" in capsys.readouterr().out
+    assert (
+        f"not what it was when {first.folder.name} was prepared. removed: 1 (07.bmp); added: 1 (98.bmp). No run was made with that"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_folder_prepared_in_the_order_of_names_goes_on_as_data_and_is_said(folder, monkeypatch, capsys):
@@ -118,7 +149,10 @@ def test_a_folder_prepared_in_the_order_of_names_goes_on_as_data_and_is_said(fol
         first = load_photos(folder, SIDE)
     run_with(first)
     second = load_photos(folder, SIDE)
-    assert f"{first.folder.name} has the same photographs in another order" in capsys.readouterr().out and second.fingerprint != first.fingerprint
+    assert (
+        f"{first.folder.name} has the same photographs in another order" in capsys.readouterr().out
+        and second.fingerprint != first.fingerprint
+    )
     assert load_photos(first.folder, SIDE).fingerprint == first.fingerprint
 
 
@@ -135,7 +169,9 @@ def test_same_size_other_content(folder):
 
 def test_only_files_of_another_time_are_read_again_and_once(folder, monkeypatch):
     first, read, original = load_photos(folder, SIDE), [], faic.photos.read_photo
-    monkeypatch.setattr(faic.dataset, "read_photo", lambda path, side, file: read.append(file) or original(path, side, file))
+    monkeypatch.setattr(
+        faic.dataset, "read_photo", lambda path, side, file: read.append(file) or original(path, side, file)
+    )
     for name in ("03.bmp", "30.bmp"):
         os.utime(folder / name)
     for wanted in (["03.bmp", "30.bmp"], []):
@@ -172,13 +208,17 @@ def test_folders_prepared_by_older_versions(folder, monkeypatch):
 def test_the_same_command_does_not_leave_an_unfinished_run_behind(folder, tmp_path):
     """Also where what was prepared is gone."""
     save(folder, 50)
-    ask = lambda: study_run("phase2", "pix2pix", "default", "smoke", 0, load_photos(folder, 64), Budget(5, "steps"), CPU)
+    ask = lambda: study_run(
+        "phase2", "pix2pix", "default", "smoke", 0, load_photos(folder, 64), Budget(5, "steps"), CPU
+    )
     run = ask()
     (run.path / "last.pt").touch()
     assert ask().path == run.path
     (folder / "07.bmp").rename(tmp_path / "07.bmp")
     shutil.rmtree(next(runs_dir().glob("data-photos-*")))
-    with pytest.raises(ValueError, match=rf"{run.path.name} is not finished.*removed: 1 \(07.bmp\).*move {run.path} away"):
+    with pytest.raises(
+        ValueError, match=rf"{run.path.name} is not finished.*removed: 1 \(07.bmp\).*move {run.path} away"
+    ):
         ask()
     assert [r.path.name for r in read_runs()] == [run.path.name]
     (run.path / "day-5.safetensors").touch()  # then it is finished, and other photographs are another study
@@ -198,14 +238,20 @@ def overwrite(path, first, row_bytes=PHOTO, rows=None):
         f.write(bytes((rows * row_bytes) if rows else path.stat().st_size - first * row_bytes))
 
 
-@pytest.mark.parametrize("damage", [lambda p: cut(p, 3), lambda p: overwrite(p, 3), Path.unlink, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [lambda p: cut(p, 3), lambda p: overwrite(p, 3), Path.unlink, lambda p: p.write_bytes(b"")]
+)
 @pytest.mark.parametrize("given", ["photographs", "prepared"])
 def test_a_damaged_array_is_repaired_from_the_photographs(folder, damage, given, capsys):
     first = load_photos(folder, SIDE)
     whole = (first.folder / "pixels.u8").read_bytes()
     damage(first.folder / "pixels.u8")
     again = load_photos(folder if given == "photographs" else first.folder, SIDE)
-    assert again.fingerprint == first.fingerprint and (first.folder / "pixels.u8").read_bytes() == whole and not (first.folder / "pixels.u8.damaged").exists()
+    assert (
+        again.fingerprint == first.fingerprint
+        and (first.folder / "pixels.u8").read_bytes() == whole
+        and not (first.folder / "pixels.u8.damaged").exists()
+    )
     assert "pixels.u8 is damaged" in capsys.readouterr().out
 
 
@@ -214,7 +260,10 @@ def test_a_damaged_array_without_its_photographs_is_an_error(folder):
     cut(first.folder / "pixels.u8", 3)
     save(folder, 77, "20.bmp")
     for _ in range(2):  # the second time the array has its rows again up to the one that is lost
-        with pytest.raises(ValueError, match=r"damaged, \d+ of 40 photographs, and 20.bmp cannot be made again: .*Restore that or .*pixels.u8 from a copy"):
+        with pytest.raises(
+            ValueError,
+            match=r"damaged, \d+ of 40 photographs, and 20.bmp cannot be made again: .*Restore that or .*pixels.u8 from a copy",
+        ):
             load_photos(first.folder, SIDE)
     (first.folder / "source.json").unlink()
     with pytest.raises(ValueError, match="is not known: give the folder of photographs as data"):
@@ -247,10 +296,16 @@ def test_verify_finds_one_wrong_row_which_is_then_repaired(folder):
     overwrite(photos.folder / name, 35, 3 * 40**2, rows=1)
     assert verify(photos) == {"pixels.u8": [17], name: [35]}
     again = load_photos(folder, SIDE)
-    assert (again.array == whole).all() and (resized_for_crops(again, 40) == big).all() and verify(again) == {"pixels.u8": [], name: []}
+    assert (
+        (again.array == whole).all()
+        and (resized_for_crops(again, 40) == big).all()
+        and verify(again) == {"pixels.u8": [], name: []}
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda p: cut(p, 5, 3 * 40**2), lambda p: overwrite(p, 5, 3 * 40**2), lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [lambda p: cut(p, 5, 3 * 40**2), lambda p: overwrite(p, 5, 3 * 40**2), lambda p: p.write_bytes(b"")]
+)
 def test_a_damaged_enlarged_array_is_made_again_from_the_first_wrong_row(folder, damage, monkeypatch, capsys):
     photos = load_photos(folder, SIDE)
     whole = np.array(resized_for_crops(photos, 40))
@@ -258,15 +313,25 @@ def test_a_damaged_enlarged_array_is_made_again_from_the_first_wrong_row(folder,
     damage(path)
     kept, work = path.stat().st_size > 0, []
     original = faic.dataset._in_chunks
-    monkeypatch.setattr(faic.dataset, "_in_chunks", lambda w, items, done, desc: work.append(len(items) if "enlarging" in desc else 0) or original(w, items, done, desc))
+    monkeypatch.setattr(
+        faic.dataset,
+        "_in_chunks",
+        lambda w, items, done, desc: (
+            work.append(len(items) if "enlarging" in desc else 0) or original(w, items, done, desc)
+        ),
+    )
     assert (resized_for_crops(photos, 40) == whole).all() and "is damaged" in capsys.readouterr().out
     assert sum(work) == (36 - 5 if kept else 36)
     assert verify(photos)[path.name] == []
 
 
-@pytest.mark.parametrize("damage", [lambda p: cut(p, 5, 24), lambda p: overwrite(p, 5, 24), lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [lambda p: cut(p, 5, 24), lambda p: overwrite(p, 5, 24), lambda p: p.write_bytes(b"")]
+)
 def test_damaged_latents_are_made_again(tmp_path, damage, monkeypatch, capsys):
-    monkeypatch.setattr(faic.bbdm, "latent_rows", lambda model, pixels, mirrored: pixels[:, None, :, ::4, ::4].half() / 7)
+    monkeypatch.setattr(
+        faic.bbdm, "latent_rows", lambda model, pixels, mirrored: pixels[:, None, :, ::4, ::4].half() / 7
+    )
     array, path = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8), tmp_path / "latents.f16"
     make = lambda: faic.bbdm.prepare_latents(None, array, path)
     whole = np.array(make())
@@ -280,7 +345,10 @@ def test_damaged_latents_are_made_again(tmp_path, damage, monkeypatch, capsys):
 
 def test_a_disk_that_is_too_small_stops_at_once(folder, small_disk, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(small_disk("96k")))
-    with pytest.raises(OSError, match=r"preparing photos, 40 files needs up to 0.1 MB, and .* has 0.\d MB free: make room there .* FAIC_RUNS"):
+    with pytest.raises(
+        OSError,
+        match=r"preparing photos, 40 files needs up to 0.1 MB, and .* has 0.\d MB free: make room there .* FAIC_RUNS",
+    ):
         load_photos(folder, SIDE)
     assert not list(runs_dir().glob("data-*/pixels.u8"))
 
@@ -300,12 +368,17 @@ def test_a_disk_that_fills_up_while_preparing(folder, small_disk, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(faic.dataset, "read_photo", read)
-        with pytest.raises(OSError, match=r"needed up to 0.1 MB, and the disk of .* filled up \(0.0 MB free now\). What is done is kept: make room"):
+        with pytest.raises(
+            OSError,
+            match=r"needed up to 0.1 MB, and the disk of .* filled up \(0.0 MB free now\). What is done is kept: make room",
+        ):
             load_photos(folder, SIDE)
     assert not list(runs_dir().glob("*/manifest.csv")), "half an array is not a whole one"
     filler.unlink()
     again = []
-    monkeypatch.setattr(faic.dataset, "read_photo", lambda path, side, file: again.append(file) or original(path, side, file))
+    monkeypatch.setattr(
+        faic.dataset, "read_photo", lambda path, side, file: again.append(file) or original(path, side, file)
+    )
     photos = load_photos(folder, SIDE)
     assert photos.fingerprint == wanted.fingerprint and (photos.array == wanted.array).all() and 0 < len(again) < 40
 
@@ -326,7 +399,13 @@ def test_a_disk_that_fills_up_while_enlarging(folder, small_disk, monkeypatch):
             resized_for_crops(photos, 60)
     assert not list(photos.folder.glob("train-60-*.u8"))
     filler.unlink()
-    monkeypatch.setattr(faic.dataset, "_in_chunks", lambda work, items, *rest, original=faic.dataset._in_chunks: original(work, seen.append(len(items)) or items, *rest))
+    monkeypatch.setattr(
+        faic.dataset,
+        "_in_chunks",
+        lambda work, items, *rest, original=faic.dataset._in_chunks: original(
+            work, seen.append(len(items)) or items, *rest
+        ),
+    )
     seen = []
     assert (resized_for_crops(photos, 60) == whole).all() and 0 < seen[-1] < 36, "what is done is kept"
 
@@ -344,7 +423,11 @@ def test_a_read_only_folder_of_photographs_is_fine_and_read_only_runs_say_so(fol
     monkeypatch.setenv("FAIC_RUNS", str(place / "runs"))
     again = load_photos(disk / "photos", SIDE)
     assert again.fingerprint == photos.fingerprint, "what is prepared needs no writing"
-    for work in (lambda: load_photos(disk / "photos", 16), lambda: resized_for_crops(again, 40), lambda: run_with(again)):
+    for work in (
+        lambda: load_photos(disk / "photos", 16),
+        lambda: resized_for_crops(again, 40),
+        lambda: run_with(again),
+    ):
         with pytest.raises(OSError, match=f"{place}.* cannot be written .*Read-only file system.*FAIC_RUNS"):
             work()
 
@@ -357,9 +440,13 @@ ARRAY = np.random.default_rng(1).integers(0, 256, (23, 12, 12, 3), dtype=np.uint
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_the_number_of_workers_changes_nothing(workers):
-    images = lambda w: itertools.islice(training_batches(ARRAY, np.arange(23), 4, seed=2, crop=8, start_step=3, workers=w), 30)
+    images = lambda w: itertools.islice(
+        training_batches(ARRAY, np.arange(23), 4, seed=2, crop=8, start_step=3, workers=w), 30
+    )
     latents = lambda w: itertools.islice(latent_batches(ARRAY[:, None], np.arange(23), 4, seed=2, workers=w), 30)
-    for one, many in itertools.chain(zip(images(1), images(workers), strict=True), zip(latents(1), latents(workers), strict=True)):
+    for one, many in itertools.chain(
+        zip(images(1), images(workers), strict=True), zip(latents(1), latents(workers), strict=True)
+    ):
         assert all(torch.equal(one[k], many[k]) for k in one)
 
 
@@ -371,7 +458,9 @@ def test_an_error_of_a_worker_reaches_the_loop_at_its_step(workers):
                 raise OSError(errno.EIO, "Input/output error")
             return super().__getitem__(key)
 
-    order = [b["index"].tolist() for b in itertools.islice(training_batches(ARRAY, np.arange(23), 4, seed=2, crop=8), 6)]
+    order = [
+        b["index"].tolist() for b in itertools.islice(training_batches(ARRAY, np.arange(23), 4, seed=2, crop=8), 6)
+    ]
     wanted = next(step for step, index in enumerate(order) if 13 in index)
     before, steps = threading.active_count(), []
     with pytest.raises(OSError) as error:
@@ -382,7 +471,10 @@ def test_an_error_of_a_worker_reaches_the_loop_at_its_step(workers):
 
 
 def test_no_workers_is_an_error():
-    for work in (lambda: training_batches(ARRAY, np.arange(23), 4, 0, crop=8, workers=0), lambda: latent_batches(ARRAY[:, None], np.arange(23), 4, 0, workers=0)):
+    for work in (
+        lambda: training_batches(ARRAY, np.arange(23), 4, 0, crop=8, workers=0),
+        lambda: latent_batches(ARRAY[:, None], np.arange(23), 4, 0, workers=0),
+    ):
         with pytest.raises(ValueError, match="workers is 0; expected at least 1"):
             work()
 

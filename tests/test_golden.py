@@ -7,6 +7,7 @@ from the files. Tolerances are those of the set's README, by quantity.
 
 FAIC_GOLDEN_DEVICE names another device than the CPU, FAIC_GOLDEN_REPORT a file that gets a line of JSON for each comparison. With
 FAIC_GOLDEN_SLACK tolerances are that many times as large: a device with other rounding is then compared to the end."""
+
 import copy
 import json
 import os
@@ -26,11 +27,28 @@ from faic.bbdm_checkpoints import STATISTICS, load_bbdm, save_bbdm
 from faic.bridge import Bridge, bridge_target, p_sample_loop, predict_x0, sampling_timesteps
 from faic.checkpoints import safe_load
 from faic.color import lab_to_rgb, luma, rgb_to_lab, scale_lab, truncate_uint8, unscale_lab
-from faic.coltran import (ColTran, Colorizer, Upsampler, bins_to_rgb, bits_per_symbol, center_crop_resize, count_all,
-                          resize_area, rgb_to_bins, upsample_nearest)
+from faic.coltran import (
+    Colorizer,
+    ColTran,
+    Upsampler,
+    bins_to_rgb,
+    bits_per_symbol,
+    center_crop_resize,
+    count_all,
+    resize_area,
+    rgb_to_bins,
+    upsample_nearest,
+)
 from faic.coltran_checkpoints import load_coltran, official_colorizer, official_layout, official_state, renumber_layers
-from faic.coltran_sampler import (RowBuffers, make_cached_sampler, outer_decode_row, prepare_row, sample_naive,
-                                  sample_row, upsample)
+from faic.coltran_sampler import (
+    RowBuffers,
+    make_cached_sampler,
+    outer_decode_row,
+    prepare_row,
+    sample_naive,
+    sample_row,
+    upsample,
+)
 from faic.core import Budget
 from faic.layers import UNet, timestep_embedding
 from faic.pix2pix import PatchDiscriminator, Pix2Pix, gan_loss, load_official, load_unet, official_names
@@ -46,15 +64,37 @@ SLACK = float(os.environ.get("FAIC_GOLDEN_SLACK", 1))
 REPORT = os.environ.get("FAIC_GOLDEN_REPORT")
 if DEVICE.type == "cuda":  # float32 products, as the official code's were
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-ROOTS = [Path(os.environ["FAIC_GOLDEN"]).resolve()] if os.environ.get("FAIC_GOLDEN") else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
+ROOTS = (
+    [Path(os.environ["FAIC_GOLDEN"]).resolve()]
+    if os.environ.get("FAIC_GOLDEN")
+    else [TESTS / "golden", TESTS.parents[1] / "shared" / "golden"]
+)
 
 
 def sets(model, marker="arrays.npz"):
     """All golden sets of a model, as pytest parameters whose ids contain the model's name."""
-    found = sorted({f.parent for root in ROOTS for f in root.rglob(marker) if any(model in part for part in f.parent.relative_to(root.parent).parts)})
+    found = sorted(
+        {
+            f.parent
+            for root in ROOTS
+            for f in root.rglob(marker)
+            if any(model in part for part in f.parent.relative_to(root.parent).parts)
+        }
+    )
     if not found:
-        return [pytest.param(None, id=model, marks=pytest.mark.skip(reason=f"no golden set of {model} under {', '.join(map(str, ROOTS))}"))]
-    return [pytest.param(f, id=f"{model}-{f.relative_to(root.parent)}") for f in found for root in ROOTS if root in f.parents]
+        return [
+            pytest.param(
+                None,
+                id=model,
+                marks=pytest.mark.skip(reason=f"no golden set of {model} under {', '.join(map(str, ROOTS))}"),
+            )
+        ]
+    return [
+        pytest.param(f, id=f"{model}-{f.relative_to(root.parent)}")
+        for f in found
+        for root in ROOTS
+        if root in f.parents
+    ]
 
 
 def tensor(array):
@@ -80,7 +120,11 @@ class Golden:
 
     def D(self):
         c = self.config
-        return load_official(PatchDiscriminator(c["ic"] + c["oc"], c["ndf"]), self.folder / "latest_net_D.pth").eval().to(DEVICE)
+        return (
+            load_official(PatchDiscriminator(c["ic"] + c["oc"], c["ndf"]), self.folder / "latest_net_D.pth")
+            .eval()
+            .to(DEVICE)
+        )
 
 
 @pytest.fixture(params=sets("pix2pix"))
@@ -164,7 +208,9 @@ def test_batch_norm_modes(pix2pix):
     close(G.down_norm[0].running_var, pix2pix["G_trainbn_rv_after"], 2e-5)
     before = {k: v.clone() for k, v in G.state_dict().items()}
     close(sub4(G(A, per_image=True))[:1], pix2pix["G_trainbn_b0_s4"], 2e-5)
-    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items()), "per-image statistics must leave the running ones alone"
+    assert all(torch.equal(v, before[k]) for k, v in G.state_dict().items()), (
+        "per-image statistics must leave the running ones alone"
+    )
 
 
 @torch.no_grad()
@@ -198,7 +244,10 @@ def test_three_training_steps(pix2pix):
             loss.backward(inputs=list(parts[part].parameters()))
             if step == 0 and part == "G":
                 grads = {official[n]: p.grad for n, p in model.G.named_parameters()}
-                close_stats(stats_of(grads, [str(n) for n in pix2pix.arrays["step0_G_grad_names"]]), pix2pix["step0_G_grad_stats"])
+                close_stats(
+                    stats_of(grads, [str(n) for n in pix2pix.arrays["step0_G_grad_names"]]),
+                    pix2pix["step0_G_grad_stats"],
+                )
             optimizers[part].step()
         losses |= {k: v.item() for k, v in model.terms.items()}
         for name, golden in zip(names, pix2pix.arrays["train_losses"][step]):
@@ -206,7 +255,9 @@ def test_three_training_steps(pix2pix):
 
     for part, net in parts.items():
         state = {official_names(net)[k]: v for k, v in net.state_dict().items()}
-        close_stats(stats_of(state, [str(n) for n in pix2pix.arrays[f"after3_{part}_names"]]), pix2pix[f"after3_{part}_stats"])
+        close_stats(
+            stats_of(state, [str(n) for n in pix2pix.arrays[f"after3_{part}_names"]]), pix2pix[f"after3_{part}_stats"]
+        )
     close(sub4(model.G.eval()(A[:1])), pix2pix["after3_G_eval_b0_s4"], 5e-3)
     close(model.G.down[0].weight, pix2pix["after3_G_w_first"], 3e-4)
     close(model.G.up[0].weight, pix2pix["after3_G_w_last"], 3e-4)
@@ -243,12 +294,21 @@ def test_learning_rates(pix2pix):
 
 # ColTran. A key of configs.json is <case>_<network>; its files are <key>_variables.npz, <key>_io.npz and others.
 
-LOGITS, PROBABILITIES, LOSS, TIE = 2e-4, 1e-5, 1e-5, 1e-3  # absolute, absolute, relative; gap of logits below which an argmax is not compared
+LOGITS, PROBABILITIES, LOSS, TIE = (
+    2e-4,
+    1e-5,
+    1e-5,
+    1e-3,
+)  # absolute, absolute, relative; gap of logits below which an argmax is not compared
 
 
 def procedural(name, shape, seed):
     """The weights that the sets' README describes: random numbers that depend on the variable's name and a seed."""
-    z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(int(np.prod(shape))).reshape(shape)
+    z = (
+        np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+        .standard_normal(int(np.prod(shape)))
+        .reshape(shape)
+    )
     kind, logits = name.rsplit("/", 1)[1].removesuffix(":0"), "auto_logits" in name or "parallel_logits" in name
     if kind == "kernel":
         z = z / np.sqrt(shape[0] * (shape[1] if name.endswith("/output/kernel:0") else 1)) * (3 if logits else 1)
@@ -257,7 +317,9 @@ def procedural(name, shape, seed):
     elif kind == "gamma":
         z = 1 + 0.3 * z
     else:
-        z = {"bias": 0.3, "beta": 0.3, "position_embedding": 0.5, "relative_attention_bias": 0.7}[kind.rstrip("_01")] * z
+        z = {"bias": 0.3, "beta": 0.3, "position_embedding": 0.5, "relative_attention_bias": 0.7}[
+            kind.rstrip("_01")
+        ] * z
         if kind == "bias" and "conditional_layer_norm" in name:
             z[: len(z) // 2] += 1
     return z.astype(np.float32)
@@ -267,12 +329,39 @@ def network(config):
     """An untrained network of the official configuration."""
     model, size = config["model"], (config["height"], config["width"])
     if "decoder" not in model:
-        return Upsampler(model["name"].split("_")[0], *size, model["hidden_size"], model["num_heads"], model["ff_size"], model["num_encoder_layers"])
+        return Upsampler(
+            model["name"].split("_")[0],
+            *size,
+            model["hidden_size"],
+            model["num_heads"],
+            model["ff_size"],
+            model["num_encoder_layers"],
+        )
     e, d = model["encoder"], model["decoder"]
-    conditions = ConditioningConfig("".join(t for t in "qkv" if d[f"cond_att_{t}"]), d["cond_att_scale"], d["cond_att_act"], d["cond_mlp"] or "", d["cond_mlp_act"],
-                                    d["cond_ln_sp_ave"] if d["cond_ln"] else "", d["cond_ln_seq"], d["cond_ln_act"])
-    return Colorizer(*size, model["hidden_size"], d["num_heads"], d["ff_size"], e["num_encoder_layers"], d["num_outer_layers"], d["num_inner_layers"],
-                     e["num_heads"], e["ff_size"], conditions, d["skip"], "encoder" in model["stage"])
+    conditions = ConditioningConfig(
+        "".join(t for t in "qkv" if d[f"cond_att_{t}"]),
+        d["cond_att_scale"],
+        d["cond_att_act"],
+        d["cond_mlp"] or "",
+        d["cond_mlp_act"],
+        d["cond_ln_sp_ave"] if d["cond_ln"] else "",
+        d["cond_ln_seq"],
+        d["cond_ln_act"],
+    )
+    return Colorizer(
+        *size,
+        model["hidden_size"],
+        d["num_heads"],
+        d["ff_size"],
+        e["num_encoder_layers"],
+        d["num_outer_layers"],
+        d["num_inner_layers"],
+        e["num_heads"],
+        e["ff_size"],
+        conditions,
+        d["skip"],
+        "encoder" in model["stage"],
+    )
 
 
 class Case:
@@ -292,7 +381,11 @@ class Case:
         if (self.folder / f"{self.key}_variables.npz").exists():
             return self.load("variables")
         names = renumber_layers(str(n) for n in self.load("io")["variable_names"])
-        return {names[n]: procedural(names[n], shape, self.config["weight_seed"]) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
+        return {
+            names[n]: procedural(names[n], shape, self.config["weight_seed"])
+            for _, parts, _ in official_layout(net)
+            for n, shape in parts.items()
+        }
 
     def net(self):
         net = network(self.config)
@@ -303,19 +396,33 @@ class Case:
 def cases(*networks):
     """All cases of these networks in all sets, as pytest parameters."""
     folders = [(s.values[0], s.id) for s in sets("coltran", "configs.json") if s.values[0]]
-    found = [(Case(f, key), f"{name}-{key}") for f, name in folders for key in json.loads((f / "configs.json").read_text()) if key.endswith(networks)]
+    found = [
+        (Case(f, key), f"{name}-{key}")
+        for f, name in folders
+        for key in json.loads((f / "configs.json").read_text())
+        if key.endswith(networks)
+    ]
     return parameters(found, f"configuration of a {' or '.join(networks)}")
 
 
 def files(pattern):
     """(folder, what the star stands for) of all files of this pattern in all sets, as pytest parameters."""
-    folders, (start, _, end) = [(s.values[0], s.id) for s in sets("coltran", "configs.json") if s.values[0]], pattern.partition("*")
-    found = [((f, file.name.removeprefix(start).removesuffix(end)), f"{name}-{file.name}") for f, name in folders for file in sorted(f.glob(pattern))]
+    folders, (start, _, end) = (
+        [(s.values[0], s.id) for s in sets("coltran", "configs.json") if s.values[0]],
+        pattern.partition("*"),
+    )
+    found = [
+        ((f, file.name.removeprefix(start).removesuffix(end)), f"{name}-{file.name}")
+        for f, name in folders
+        for file in sorted(f.glob(pattern))
+    ]
     return parameters(found, pattern)
 
 
 def parameters(found, what):
-    nothing = pytest.param(None, id="coltran", marks=pytest.mark.skip(reason=f"no {what} of coltran under {', '.join(map(str, ROOTS))}"))
+    nothing = pytest.param(
+        None, id="coltran", marks=pytest.mark.skip(reason=f"no {what} of coltran under {', '.join(map(str, ROOTS))}")
+    )
     return [pytest.param(value, id=name) for value, name in found] or [nothing]
 
 
@@ -415,8 +522,16 @@ def test_coltran_upsampler(case):
     channel, images = tensor(golden["channel_index"]).long(), torch.arange(len(rgb), device=DEVICE)
     train = net(coarse[images, channel], channel, gray)
     each = torch.stack([net(coarse[:, c], torch.full((len(rgb),), c, device=DEVICE), gray) for c in range(3)], 3)
-    compare(golden, LOGITS, **{f"logits_train{strided}": train[:, ::step, ::step, None], f"logits_eval{strided}": each[:, ::step, ::step]})
-    compare_losses(golden, loss_train=bits_per_symbol(train, rgb[images, channel]), loss_eval=bits_per_symbol(each, rgb.movedim(1, -1)))
+    compare(
+        golden,
+        LOGITS,
+        **{f"logits_train{strided}": train[:, ::step, ::step, None], f"logits_eval{strided}": each[:, ::step, ::step]},
+    )
+    compare_losses(
+        golden,
+        loss_train=bits_per_symbol(train, rgb[images, channel]),
+        loss_eval=bits_per_symbol(each, rgb.movedim(1, -1)),
+    )
     sure = torch.tensor(golden["argmax_logit_gap"]).float() >= TIE
     for ours in (each.argmax(-1), upsample(net, coarse if net.kind == "color" else low, gray).movedim(1, -1)):
         close(ours[sure], golden["argmax"][sure.numpy()], 0)
@@ -427,12 +542,21 @@ def test_coltran_upsampler(case):
 def test_coltran_end_to_end(found):
     folder, name = found
     golden = dict(np.load(folder / f"{name}_end_to_end.npz"))
-    nets = [Case(folder, f"{name}_{network}").net() for network in ("colorizer", "color_upsampler", "spatial_upsampler")]
+    nets = [
+        Case(folder, f"{name}_{network}").net() for network in ("colorizer", "color_upsampler", "spatial_upsampler")
+    ]
     rgb = center_crop_resize(channels_first(golden["image"][None]), golden["gray"].shape[1])
     gray, gray_low = gray_of(rgb), gray_of(resize_area(rgb, *golden["gray_low"].shape[1:3]))
     stage1 = bins_to_rgb(make_cached_sampler(nets[0], 1, temperature=0)(gray_low))
     stage2 = upsample(nets[1], stage1 // 32, gray_low)
-    ours = dict(gray=gray[:, None], gray_low=gray_low[:, None], stage1=stage1, stage2=stage2, stage2_up=upsample_nearest(stage2), final=upsample(nets[2], stage2, gray))
+    ours = dict(
+        gray=gray[:, None],
+        gray_low=gray_low[:, None],
+        stage1=stage1,
+        stage2=stage2,
+        stage2_up=upsample_nearest(stage2),
+        final=upsample(nets[2], stage2, gray),
+    )
     for n, image in ours.items():
         close(image.movedim(1, -1), golden[n], 0)
 
@@ -443,9 +567,14 @@ def test_coltran_gradients(found):
     case, golden = Case(folder, f"{name}_colorizer"), dict(np.load(folder / f"{name}_colorizer_gradients.npz"))
     net, rgb = case.net(), channels_first(np.load(folder / f"{name}_train_io.npz")["batches"][0])
     z, symbols = net.encode(gray_of(rgb)), rgb_to_bins(rgb)
-    (0.99 * bits_per_symbol(net(z, symbols)["logits"], symbols) + 0.01 * bits_per_symbol(net.aux(z), symbols)).backward()
+    (
+        0.99 * bits_per_symbol(net(z, symbols)["logits"], symbols) + 0.01 * bits_per_symbol(net.aux(z), symbols)
+    ).backward()
     frozen = {n: np.zeros_like(a) for n, a in case.variables(net).items() if n not in golden}
-    expected, trained = official_state(golden | frozen, net), {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+    expected, trained = (
+        official_state(golden | frozen, net),
+        {n: p.grad for n, p in net.named_parameters() if p.requires_grad},
+    )
     assert sum(g.numel() for g in trained.values()) == sum(a.size for a in golden.values())
     for n, g in trained.items():
         scale = expected[n].abs().max()
@@ -455,7 +584,10 @@ def test_coltran_gradients(found):
 def trained_states(case, final_variables):
     """Our state dicts of the final weights and of their averages, from two files or, where the set has none, from the checkpoint."""
     if not final_variables.exists():
-        return [load_coltran(network(case.config), case.folder / f"{case.key}_checkpoint", ema=ema).state_dict() for ema in (False, True)]
+        return [
+            load_coltran(network(case.config), case.folder / f"{case.key}_checkpoint", ema=ema).state_dict()
+            for ema in (False, True)
+        ]
     net, final = network(case.config), dict(np.load(final_variables))
     averages = dict(np.load(str(final_variables).replace("variables", "ema")))
     return official_state(final, net), official_state(final | averages, net)
@@ -471,8 +603,23 @@ def test_coltran_training_steps(found, tmp_path):
     model = ColTran(4 * case.config["height"], dim=8, heads=1, ff=8)
     model.net = case.net()
     batches, lr = [channels_first(b).float() / 255 for b in golden["batches"]], 3e-4
-    options = dict(optimizer="rmsprop", lr=lr, schedule="constant", batch_size=len(batches[0]), seed=0, ema=dict(decay=0.999, start=0, every=1))
-    trainer = Trainer(model, Run(tmp_path, options), np.zeros((1, 1, 1, 3), np.uint8), np.arange(1), Budget(len(batches), "steps"), options, device=DEVICE)
+    options = dict(
+        optimizer="rmsprop",
+        lr=lr,
+        schedule="constant",
+        batch_size=len(batches[0]),
+        seed=0,
+        ema=dict(decay=0.999, start=0, every=1),
+    )
+    trainer = Trainer(
+        model,
+        Run(tmp_path, options),
+        np.zeros((1, 1, 1, 3), np.uint8),
+        np.arange(1),
+        Budget(len(batches), "steps"),
+        options,
+        device=DEVICE,
+    )
     tiny = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.net.named_parameters()}
     for rgb, losses in zip(batches, golden["losses_auto_enc_total"]):
         seen = train_step(trainer, dict(index=torch.arange(len(rgb)), rgb=rgb))
@@ -482,10 +629,16 @@ def test_coltran_training_steps(found, tmp_path):
         for n, p in trainer.networks["net"].named_parameters():
             tiny[n] |= (p.grad != 0) & (p.grad.abs() < 1e-5) if p.requires_grad else False
     final, average = trained_states(case, folder / f"{name}_train_final_variables.npz")
-    for ours, expected, tolerance, tolerance_of_tiny in ((trainer.networks["net"], final, 1e-5, 2 * len(batches) * lr), (trainer.ema["net"].module, average, 1e-6, 1e-5)):
+    for ours, expected, tolerance, tolerance_of_tiny in (
+        (trainer.networks["net"], final, 1e-5, 2 * len(batches) * lr),
+        (trainer.ema["net"].module, average, 1e-6, 1e-5),
+    ):
         for n, p in ours.named_parameters():
             difference = (p.detach() - expected[n].to(DEVICE)).abs()
-            assert (difference <= torch.where(tiny[n], tolerance_of_tiny, tolerance)).all(), (n, difference.max().item())
+            assert (difference <= torch.where(tiny[n], tolerance_of_tiny, tolerance)).all(), (
+                n,
+                difference.max().item(),
+            )
 
 
 @pytest.mark.parametrize("found", files("*_colorizer_checkpoint"))
@@ -539,7 +692,10 @@ def test_coltran_preprocessing(found):
     golden = dict(np.load(folder / f"preprocess_{name}.npz"))
     image = channels_first(golden["image"][None])
     ours = dict(square=center_crop_resize(image), graymode_square=center_crop_resize(image[:, :1]))
-    ours |= dict(low=resize_area(ours["square"], *golden["low"].shape[:2]), graymode_low=resize_area(ours["graymode_square"], *golden["low"].shape[:2]))
+    ours |= dict(
+        low=resize_area(ours["square"], *golden["low"].shape[:2]),
+        graymode_low=resize_area(ours["graymode_square"], *golden["low"].shape[:2]),
+    )
     ours["gray_low"] = gray_of(ours["low"])[:, None]
     assert len(ours.keys() & golden.keys()) >= 3
     for n in ours.keys() & golden.keys():
@@ -552,7 +708,11 @@ def paper_size(folder, net, table, seed):
     if not file.exists():
         pytest.skip(f"no {file.name} in {folder}")
     names = renumber_layers(v["name"] for v in json.loads(file.read_text())["variables"])
-    arrays = {names[n]: procedural(names[n], shape, seed) for _, parts, _ in official_layout(net) for n, shape in parts.items()}
+    arrays = {
+        names[n]: procedural(names[n], shape, seed)
+        for _, parts, _ in official_layout(net)
+        for n, shape in parts.items()
+    }
     net.load_state_dict(official_state(arrays, net))
     return net.eval().to(DEVICE), sum(np.abs(a, dtype=np.float64).sum() for a in arrays.values())
 
@@ -568,7 +728,9 @@ def test_coltran_paper_size_colorizer(found):
     folder = found[0]
     golden = dict(np.load(folder / "P_paper_size.npz"))
     net, total = paper_size(folder, Colorizer(), "colorizer_paper_1layer", 5100)
-    assert count_all(net) == tuple(golden["colorizer_num_params"]) and total == pytest.approx(float(golden["colorizer_abs_sum"]), rel=1e-9)
+    assert count_all(net) == tuple(golden["colorizer_num_params"]) and total == pytest.approx(
+        float(golden["colorizer_abs_sum"]), rel=1e-9
+    )
     rgb = channels_first(golden["rgb"])
     gray, labels = gray_of(rgb), rgb_to_bins(rgb)
     z = net.encode(gray)
@@ -588,8 +750,14 @@ def test_coltran_paper_size_colorizer(found):
     close(forced.argmax(-1), symbols, 0)
     close(top_gap(forced), golden["greedy_first_rows_gap"], LOGITS)
 
-    s, terms = RowBuffers(net, 1, temperature=0), [[b.norm_terms(z, n) for b in blocks] for blocks, n in ((net.inner, "row"), (net.outer, "image"))]
-    kept, upper = [[z.new_zeros(1, *z.shape[2:0:-1], z.shape[3]) for _ in range(2)] for _ in net.outer[::2]], torch.zeros_like(z[:, 0])
+    s, terms = (
+        RowBuffers(net, 1, temperature=0),
+        [[b.norm_terms(z, n) for b in blocks] for blocks, n in ((net.inner, "row"), (net.outer, "image"))],
+    )
+    kept, upper = (
+        [[z.new_zeros(1, *z.shape[2:0:-1], z.shape[3]) for _ in range(2)] for _ in net.outer[::2]],
+        torch.zeros_like(z[:, 0]),
+    )
     for r in range(rows):
         prepare_row(s, r, z, upper, terms[0], torch.no_grad)
         sample_row(s)
@@ -637,7 +805,11 @@ def recipe(shapes, seed):
     """name -> tensor of random numbers that depend on the tensor's name and a seed: norms around 1, other weights by their number of inputs."""
     state = {}
     for name, shape in shapes.items():
-        z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(int(np.prod(shape))).reshape(shape)
+        z = (
+            np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+            .standard_normal(int(np.prod(shape)))
+            .reshape(shape)
+        )
         if name.endswith("embedding.weight"):
             z = 0.7 * z
         elif len(shape) > 1:
@@ -652,12 +824,23 @@ def write_model_ckpt(path, state):
     """A file as LDM's training framework writes it: with the discriminator's tensors, and a class of the framework as a key."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), dict(__module__=module.__name__))
-    loss = {"loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4), "loss.discriminator.main.3.num_batches_tracked": torch.tensor(11)}
+    loss = {
+        "loss.discriminator.main.0.weight": torch.ones(4, 3, 4, 4),
+        "loss.discriminator.main.3.num_batches_tracked": torch.tensor(11),
+    }
     parents = {n: types.ModuleType(n) for n in ("pytorch_lightning", "pytorch_lightning.callbacks")}
     with pytest.MonkeyPatch.context() as patch:
         for name, m in (parents | {module.__name__: module}).items():
             patch.setitem(sys.modules, name, m)
-        torch.save(dict(epoch=12, global_step=3456, state_dict=state | loss, callbacks={module.ModelCheckpoint: dict(best_model_score=torch.tensor(0.5))}), path)
+        torch.save(
+            dict(
+                epoch=12,
+                global_step=3456,
+                state_dict=state | loss,
+                callbacks={module.ModelCheckpoint: dict(best_model_score=torch.tensor(0.5))},
+            ),
+            path,
+        )
     return path
 
 
@@ -676,8 +859,18 @@ def first_stage(config):
     """An untrained first stage of LDM's configuration: a level attends where its share of the NOMINAL resolution says so."""
     c, attends = config["ddconfig"], config["ddconfig"].get("attn_type") != "none"
     levels = [i for i in range(len(c["ch_mult"])) if attends and c["resolution"] // 2**i in c["attn_resolutions"]]
-    return VQModel(c["ch"], tuple(c["ch_mult"]), c["num_res_blocks"], tuple(levels), c["z_channels"], config["embed_dim"], config["n_embed"], attends,
-                   c["in_channels"], c["out_ch"])
+    return VQModel(
+        c["ch"],
+        tuple(c["ch_mult"]),
+        c["num_res_blocks"],
+        tuple(levels),
+        c["z_channels"],
+        config["embed_dim"],
+        config["n_embed"],
+        attends,
+        c["in_channels"],
+        c["out_ch"],
+    )
 
 
 def code_gap(net, z):
@@ -700,14 +893,19 @@ def test_vqgan_checkpoint(vqgan, tmp_path):
     save_ldm(net, tmp_path / "again.ckpt")
     again = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
     assert again.keys() == ours.keys() and all(torch.equal(t, state[n]) for n, t in again.items())
-    assert (net.factor, net.latent_channels) == (2 ** (len(vqgan.config["ddconfig"]["ch_mult"]) - 1), vqgan.config["embed_dim"])
+    assert (net.factor, net.latent_channels) == (
+        2 ** (len(vqgan.config["ddconfig"]["ch_mult"]) - 1),
+        vqgan.config["embed_dim"],
+    )
 
 
 @torch.no_grad()
 def test_vqgan_forward(vqgan):
     net, seen, modules = vqgan.net, {}, dict(vqgan.net.named_modules())
     probes = [n.removeprefix("probe_") for n in vqgan.arrays if n.startswith("probe_")]
-    hooks = [modules[n].register_forward_hook(lambda _, __, out, n=n: seen.setdefault(n, []).append(out)) for n in probes]
+    hooks = [
+        modules[n].register_forward_hook(lambda _, __, out, n=n: seen.setdefault(n, []).append(out)) for n in probes
+    ]
     z = net.encode(vqgan["x"])
     close(net.encoder(vqgan["x"]), vqgan["encoder_out"], PASS)
     for name in ("prequant", "interface_encode"):
@@ -747,9 +945,16 @@ def test_vqgan_straight_through_gradient(vqgan):
 def unet_options(config):
     """The keyword arguments of our U-Net for the official ones."""
     u = config["unet"]
-    return dict(model_channels=u["model_channels"], num_res_blocks=u["num_res_blocks"], channel_mult=tuple(u["channel_mult"]), num_heads=u["num_heads"],
-                attention_factors=tuple(u["attention_resolutions"]), head_channels=u["num_head_channels"], scale_shift=u["use_scale_shift_norm"],
-                resblock_updown=u["resblock_updown"])
+    return dict(
+        model_channels=u["model_channels"],
+        num_res_blocks=u["num_res_blocks"],
+        channel_mult=tuple(u["channel_mult"]),
+        num_heads=u["num_heads"],
+        attention_factors=tuple(u["attention_resolutions"]),
+        head_channels=u["num_head_channels"],
+        scale_shift=u["use_scale_shift_norm"],
+        resblock_updown=u["resblock_updown"],
+    )
 
 
 def stage_of(tensors):
@@ -780,12 +985,22 @@ class BridgeGolden(Golden):
             model = Bridge(b["num_timesteps"], b["mt_type"], b["max_var"]).state_dict() | state
             torch.save(dict(step=1234, epoch=7, model=model, ema=shifted(trained)), self.file)
         self.model = self.load(ema=False)
-        self.early, self.normal = bool(self.extra.get("latent_before_quant_conv")), bool(self.extra.get("normalize_latent"))
+        self.early, self.normal = (
+            bool(self.extra.get("latent_before_quant_conv")),
+            bool(self.extra.get("normalize_latent")),
+        )
 
     def load(self, ema):
         u = self.config["unet"]
         early = bool(self.extra.get("latent_before_quant_conv"))
-        model = load_bbdm(self.file, ema, stage_of, head_channels=u["num_head_channels"], num_heads=u["num_heads"], before_quant_conv=early)
+        model = load_bbdm(
+            self.file,
+            ema,
+            stage_of,
+            head_channels=u["num_head_channels"],
+            num_heads=u["num_heads"],
+            before_quant_conv=early,
+        )
         for part in (model.net.eval(), model.bridge, model.first_stage):
             part.to(DEVICE)
         return model
@@ -803,7 +1018,11 @@ class BridgeGolden(Golden):
     def walk(self, steps, **options):
         """All (x, x0_hat) on the way back from enc_cond with the set's noise."""
         Z, model, small = self["loop_noise"], self.model, self.small()
-        return list(p_sample_loop(lambda x, t: model.net(x, t, small), model.bridge, self["enc_cond"], steps, lambda k: Z[k], **options))
+        return list(
+            p_sample_loop(
+                lambda x, t: model.net(x, t, small), model.bridge, self["enc_cond"], steps, lambda k: Z[k], **options
+            )
+        )
 
 
 @pytest.fixture(params=sets("bbdm"), scope="module")
@@ -823,11 +1042,17 @@ def test_bbdm_checkpoint(bbdm, tmp_path):
         ours = {n: t.shape for n, t in model.net.denoise_fn.state_dict().items()}
         assert list(ours.items()) == [(n, t.shape) for n, t in expected.state_dict().items()]
         weights = file["model"] | (file["ema"] if ema else {})
-        state = model.net.state_dict() | model.bridge.state_dict() | {f"vqgan.{n}": t for n, t in model.first_stage.state_dict().items()}
+        state = (
+            model.net.state_dict()
+            | model.bridge.state_dict()
+            | {f"vqgan.{n}": t for n, t in model.first_stage.state_dict().items()}
+        )
         assert state.keys() == file["model"].keys() | (file.keys() - {"step", "epoch", "model", "ema"})
         assert all(torch.equal(t.cpu(), weights[n] if n in weights else file[n]) for n, t in state.items())
         assert (model.conditioning, model.normalize) == ("rescaler" if context else "nocond", bbdm.normal)
-    assert {n: t.shape for n, t in model.first_stage.state_dict().items()} == {n: t.shape for n, t in stage.state_dict().items()}
+    assert {n: t.shape for n, t in model.first_stage.state_dict().items()} == {
+        n: t.shape for n, t in stage.state_dict().items()
+    }
 
     save_bbdm(tmp_path / "again.pth", bbdm.model, bbdm.load(ema=True).net, file["step"], file["epoch"])
     again = torch.load(tmp_path / "again.pth", weights_only=True)
@@ -865,7 +1090,9 @@ def test_bbdm_latents(bbdm):
     """Into the latent space and back, with the official options; of the same images in the ways that training and sampling go."""
     model, early, x, cond = bbdm.variant(), bbdm.variant(before_quant_conv=True), bbdm["img_x"], bbdm["img_cond"]
     rescaler = getattr(bbdm.model.net, "cond_stage_model", None)
-    normal = bbdm.variant(normalize=True, net=Denoiser(bbdm.model.net.denoise_fn, rescaler, bbdm.config["vq"]["embed_dim"]).to(DEVICE))
+    normal = bbdm.variant(
+        normalize=True, net=Denoiser(bbdm.model.net.denoise_fn, rescaler, bbdm.config["vq"]["embed_dim"]).to(DEVICE)
+    )
     normal.net.load_state_dict({n: bbdm[n] for n in STATISTICS}, strict=False)
     ex, ec = bbdm["enc_x"], bbdm["enc_cond"]
     close(model.encode(x), ex, PASS)
@@ -888,7 +1115,11 @@ def test_bbdm_latents(bbdm):
         close(y, bbdm["enc_cond" + suffix], PASS)
     if "cond_context" in bbdm:
         close(model.net.cond_stage_model(cond), bbdm["cond_context"], PASS)
-        close(model.net.cond_stage_model.channel_mapper(model.ends(batch)[2].expand(-1, 3, -1, -1)), bbdm["cond_context"], PASS)
+        close(
+            model.net.cond_stage_model.channel_mapper(model.ends(batch)[2].expand(-1, 3, -1, -1)),
+            bbdm["cond_context"],
+            PASS,
+        )
 
 
 @pytest.mark.parametrize("objective", ["grad", "noise", "ysubx"])
@@ -986,20 +1217,40 @@ class Scripted:
 
 def loop_of(trainee, folder, steps, **options):
     """The training loop with the official optimizer."""
-    options = dict(optimizer="adam", lr=1e-4, beta1=0.9, beta2=0.999, schedule="constant", batch_size=1, seed=0) | options
-    return Trainer(trainee, Run(folder, options), np.zeros((1, 1, 1, 3), np.uint8), np.arange(1), Budget(steps, "steps"), options, device=DEVICE)
+    options = (
+        dict(optimizer="adam", lr=1e-4, beta1=0.9, beta2=0.999, schedule="constant", batch_size=1, seed=0) | options
+    )
+    return Trainer(
+        trainee,
+        Run(folder, options),
+        np.zeros((1, 1, 1, 3), np.uint8),
+        np.arange(1),
+        Budget(steps, "steps"),
+        options,
+        device=DEVICE,
+    )
 
 
 def test_bbdm_training_steps(bbdm, tmp_path):
     """Batches whose gradients are summed, and Adam's steps, made by the training loop from stored latents."""
     model, T, Z = bbdm.load(ema=False), bbdm["train_t"], bbdm["train_noise"]
     model.normalize = False
-    latents = torch.cat([z for z in (bbdm["enc_x"], bbdm["enc_cond"], model.small(bbdm["img_cond"])) if z is not None], 1)
-    trainer, last, seen = loop_of(GivenNoise(model), tmp_path, len(T), accumulate=int(bbdm["train_accumulate"])), model.net.denoise_fn.out[2].weight, []
+    latents = torch.cat(
+        [z for z in (bbdm["enc_x"], bbdm["enc_cond"], model.small(bbdm["img_cond"])) if z is not None], 1
+    )
+    trainer, last, seen = (
+        loop_of(GivenNoise(model), tmp_path, len(T), accumulate=int(bbdm["train_accumulate"])),
+        model.net.denoise_fn.out[2].weight,
+        [],
+    )
     last.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     for t, noise, golden in zip(T, Z, bbdm["train_losses"]):
         z = latents.flip(3) if trainer.step % 2 else latents
-        close(train_step(trainer, dict(index=torch.arange(len(z)), latents=z, t=t, noise=noise))["net"], golden, LOSS_OF_BRIDGE)
+        close(
+            train_step(trainer, dict(index=torch.arange(len(z)), latents=z, t=t, noise=noise))["net"],
+            golden,
+            LOSS_OF_BRIDGE,
+        )
         trainer.step += 1
     close(seen[1], bbdm["train_accumulated_grad_out_conv_after2"], PASS)
     names = [str(n) for n in bbdm.arrays["train_after_names"]]
@@ -1024,8 +1275,13 @@ def test_bbdm_averages(bbdm, tmp_path):
 
 def test_bbdm_learning_rates(bbdm, tmp_path):
     losses, golden = bbdm["plateau_losses"], bbdm.arrays["plateau_lr"]
-    trainer = loop_of(Scripted(torch.zeros(1)), tmp_path, len(losses), schedule="plateau",
-                      plateau=dict(factor=0.5, patience=3, threshold=1e-4, cooldown=2, min_lr=5e-7))
+    trainer = loop_of(
+        Scripted(torch.zeros(1)),
+        tmp_path,
+        len(losses),
+        schedule="plateau",
+        plateau=dict(factor=0.5, patience=3, threshold=1e-4, cooldown=2, min_lr=5e-7),
+    )
     for loss, rate in zip(losses, golden):
         train_step(trainer, dict(index=torch.arange(1), loss=loss))
         trainer.step += 1

@@ -1,4 +1,5 @@
 """The training loop: whose random numbers, which precision, how many threads, and that nothing is read from the device too early."""
+
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ from faic.trainer import Trainer, day_batches, train_day
 sys.path.append(str(Path(__file__).with_name("trials")))
 SIDE, PHOTOGRAPHS = together.SIDE, 10
 CPU = pick_device("cpu")
-TINY = dict(batch_size=3, optimizer="adam", lr=0.01, beta1=0.5, beta2=0.999, schedule="constant", crop=SIDE, flip=True, seed=0)
+TINY = dict(
+    batch_size=3, optimizer="adam", lr=0.01, beta1=0.5, beta2=0.999, schedule="constant", crop=SIDE, flip=True, seed=0
+)
 
 
 def trainer(folder, name, steps, **changes):
@@ -36,7 +39,16 @@ def trainer(folder, name, steps, **changes):
     latents = np.random.default_rng(1).standard_normal((PHOTOGRAPHS, 2, 6, 8, 8)).astype(np.float16)
     (folder / name).mkdir(parents=True, exist_ok=True)
     run, budget = Run(folder / name, dict(model=name)), Budget(steps, "steps")
-    return Trainer(make(), run, pixels, np.arange(PHOTOGRAPHS), budget, TINY | options | changes, 2, prepared=latents if name == "bbdm" else None)
+    return Trainer(
+        make(),
+        run,
+        pixels,
+        np.arange(PHOTOGRAPHS),
+        budget,
+        TINY | options | changes,
+        2,
+        prepared=latents if name == "bbdm" else None,
+    )
 
 
 def weights(trainer):
@@ -108,7 +120,8 @@ def test_a_rate_that_follows_the_loss_is_never_a_step_late(tmp_path):
 
 def flags(monkeypatch, folder, text):
     (folder / "cpuinfo").write_text(text)
-    for module in (faic.core, faic.distributed, faic.runs): monkeypatch.setattr(module, "Path", lambda path: folder / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
+    for module in (faic.core, faic.distributed, faic.runs):
+        monkeypatch.setattr(module, "Path", lambda path: folder / "cpuinfo" if path == "/proc/cpuinfo" else Path(path))
 
 
 CPUINFO = {  # text -> is bfloat16 native?
@@ -165,7 +178,7 @@ def test_a_number_that_the_user_chose_stays(four_threads):
 
 def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
     """They decide the last bits of its sums. A run of another time keeps its own, too."""
-    
+
     four_threads.setattr(faic.resume, "usable_cores", core.usable_cores)
     four_threads.setenv("FAIC_RUNS", str(tmp_path))
     train_day(trainer(tmp_path, "coltran_color", 4), 1)
@@ -181,11 +194,18 @@ def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
 def test_the_load_of_the_cores_is_measured(tmp_path, monkeypatch):
     """Of two looks the lower one counts; patient processes (nice), idle time and other cores do not."""
     now, ticks, stat = [0.0], iter([30, 40, 40, 40]), tmp_path / "stat"
-    for module in (faic.core, faic.distributed, faic.runs): monkeypatch.setattr(module, "Path", lambda path: stat if path == "/proc/stat" else Path(path))
+    for module in (faic.core, faic.distributed, faic.runs):
+        monkeypatch.setattr(module, "Path", lambda path: stat if path == "/proc/stat" else Path(path))
     monkeypatch.setattr(faic.core, "usable_cores", lambda: [0, 2])
 
     def write(n):
-        rows = ["cpu 9 9 9 9 9 9 9 9", f"cpu0 {n} 7 {n} 500 9 0 0 0", f"cpu1 {9 * n} 0 0 0 0 0 0 0", f"cpu2 0 {n} 5 0 {n} 0 0 {n}", "intr 1 2"]
+        rows = [
+            "cpu 9 9 9 9 9 9 9 9",
+            f"cpu0 {n} 7 {n} 500 9 0 0 0",
+            f"cpu1 {9 * n} 0 0 0 0 0 0 0",
+            f"cpu2 0 {n} 5 0 {n} 0 0 {n}",
+            "intr 1 2",
+        ]
         stat.write_text("\n".join(rows))
 
     class Clock:
@@ -209,6 +229,11 @@ def test_the_throughput_trial_runs(tmp_path):
 
     words = "pix2pix bbdm --preset smoke --seconds 0 --rounds 1 --warmup 1 --precision float32,bfloat16 --profile --set batch_size=2"
     items = throughput.main([*words.split(), "--out", str(tmp_path / "out.json")])["items"]
-    assert [(i["model"], i["precision"]) for i in items] == [(m, p) for m in ("pix2pix", "bbdm") for p in ("float32", "bfloat16")]
+    assert [(i["model"], i["precision"]) for i in items] == [
+        (m, p) for m in ("pix2pix", "bbdm") for p in ("float32", "bfloat16")
+    ]
     assert all(i["best"] > 0 and {"backward", "optimizer", "batch"} <= i["profile"]["stages"].keys() for i in items)
-    assert items[2]["profile"]["stages"]["averages"] > 0 and json.loads((tmp_path / "out.json").read_text())["items"] == items
+    assert (
+        items[2]["profile"]["stages"]["averages"] > 0
+        and json.loads((tmp_path / "out.json").read_text())["items"] == items
+    )

@@ -1,4 +1,5 @@
 """The notebooks as a user starts them: papermill on the command line, from another folder, in the order of the study."""
+
 import shutil
 import signal
 import subprocess
@@ -86,12 +87,21 @@ def test_another_sampling_is_a_row_of_its_own(phase2, tmp_path, monkeypatch):
 
 def kernel_of(started):
     """The Jupyter kernel that a papermill process has started."""
-    return next((c for c in psutil.Process(started.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(c.cmdline())), None)
+    return next(
+        (
+            c
+            for c in psutil.Process(started.pid).children(recursive=True)
+            if "ipykernel_launcher" in " ".join(c.cmdline())
+        ),
+        None,
+    )
 
 
 def start_until(day, folder):
     """Phase 2 in a process of its own, up to the end of a day."""
-    started = subprocess.Popen(command("phase2", model="pix2pix", **TINY), cwd=folder, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command("phase2", model="pix2pix", **TINY), cwd=folder, stderr=subprocess.PIPE, text=True
+    )
     while started.poll() is None and not list(folder.glob(f"runs/phase2-pix2pix-*/day-{day}.safetensors")):
         time.sleep(0.05)
     assert started.poll() is None, started.stderr.read()[-3000:]
@@ -111,14 +121,18 @@ def test_killed_and_started_again_it_ends_the_same(phase2, tmp_path, monkeypatch
     started, kernel = start_until(2, tmp_path)
     started.terminate()
     started.communicate()
-    assert started.returncode == -signal.SIGTERM and not psutil.wait_procs([kernel], timeout=60)[1], "the kernel lives on"
+    assert started.returncode == -signal.SIGTERM and not psutil.wait_procs([kernel], timeout=60)[1], (
+        "the kernel lives on"
+    )
     (killed,) = read_runs(phase="phase2", model="pix2pix")
     assert not (killed.path / "day-5.safetensors").exists(), "it was too fast to be killed"
     done = papermill("phase2", tmp_path, model="pix2pix", **TINY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert killed.path.name == whole.path.name and not (killed.path / "error.json").exists()
     compared = [c for c in whole.metrics() if "seconds" not in c]
-    pd.testing.assert_frame_equal(killed.metrics()[compared], primary_rows(whole)[compared].reset_index(drop=True), check_exact=True)
+    pd.testing.assert_frame_equal(
+        killed.metrics()[compared], primary_rows(whole)[compared].reset_index(drop=True), check_exact=True
+    )
     for day in range(1, 6):
         assert same(*(load_file(r.path / f"day-{day}.safetensors") for r in (killed, whole))), day
 
@@ -132,7 +146,16 @@ def test_a_folder_of_41_photographs_is_enough(tmp_path, monkeypatch):
         Image.fromarray(noise.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(tmp_path / "few" / f"{i}.png")
     photos = load_photos(tmp_path / "few")
     run_baselines("phase1", "smoke", photos, Judge(), CPU)
-    runs = [run_days(study_run("phase1", "pix2pix", v, "smoke", 0, photos, Budget(3, "steps"), CPU), photos, Judge(), SAMPLING["pix2pix"], CPU) for v in ("default", "beta1-0.7")]
+    runs = [
+        run_days(
+            study_run("phase1", "pix2pix", v, "smoke", 0, photos, Budget(3, "steps"), CPU),
+            photos,
+            Judge(),
+            SAMPLING["pix2pix"],
+            CPU,
+        )
+        for v in ("default", "beta1-0.7")
+    ]
     assert "too few images for intervals" in describe_lead(write_winner(runs))
     assert "37 train, 2 validation, 2 test" in describe(photos)
 
@@ -144,7 +167,11 @@ def test_inference_time(phase2, tmp_path):
     (run,) = read_runs(phase="inference", model="pix2pix")
     table = pd.read_csv(run.path / "metrics.csv")
     assert table["batch_size"].tolist() == [1, 8]
-    assert (table["seconds_per_image"] > 0).all() and (table["gflop_per_image"] > 0).all() and table["peak_share"].between(0, 1.5).all()
+    assert (
+        (table["seconds_per_image"] > 0).all()
+        and (table["gflop_per_image"] > 0).all()
+        and table["peak_share"].between(0, 1.5).all()
+    )
 
 
 def test_colorize_keeps_size_and_leaves_out_what_is_no_photograph(phase2, tmp_path):
@@ -171,9 +198,17 @@ def test_failures_compares_with_gray_and_with_the_untrained_self(phase2, tmp_pat
     assert scores["gray image"] == pytest.approx(gray.metrics()["FID (EfficientNet-Lite0)"].iloc[-1], rel=1e-4)
     assert scores["Pix2Pix, untrained"] != scores["Pix2Pix"]
     errors = pd.read_csv(folder / "table_errors.csv", comment="#").set_index("entry")
-    assert errors["lightness steps, share"].round(2).tolist() == [1, 1, 1]  # Pix2Pix, gray image, photographs: one lightness
+    assert errors["lightness steps, share"].round(2).tolist() == [
+        1,
+        1,
+        1,
+    ]  # Pix2Pix, gray image, photographs: one lightness
     assert errors["color, share of the photograph's"]["gray image"] < 0.01
-    figures = {f"{name}.{end}" for name in ("failures_pix2pix", "failures_mean", "figure4_free", "figure8_free") for end in ("png", "pdf")}
+    figures = {
+        f"{name}.{end}"
+        for name in ("failures_pix2pix", "failures_mean", "figure4_free", "figure8_free")
+        for end in ("png", "pdf")
+    }
     assert figures <= {f.name for f in folder.iterdir()}
 
 
@@ -181,7 +216,13 @@ def test_wrong_parameters_stop_at_once_with_the_valid_ones(tmp_path):
     began = time.monotonic()
     done = papermill("phase2", tmp_path, model="colrtan", sede=3, batch_norm="off", budget="two days", temperature=-1)
     assert done.returncode != 0 and time.monotonic() - began < 30
-    for expected in ("one of 'pix2pix', 'coltran', 'bbdm'", "sede: no such parameter", "'image', 'running'", "a budget reads like", "a number, 0 or more"):
+    for expected in (
+        "one of 'pix2pix', 'coltran', 'bbdm'",
+        "sede: no such parameter",
+        "'image', 'running'",
+        "a budget reads like",
+        "a number, 0 or more",
+    ):
         assert expected in done.stderr, done.stderr[-2000:]
 
 

@@ -1,4 +1,5 @@
 """BBDM in the phases: a part that training itself needs, latents that are prepared once, samplings that differ in steps."""
+
 import shutil
 
 import numpy as np
@@ -42,22 +43,34 @@ def test_phase2_of_bbdm_trains_its_first_stage_and_prepares_latents(bbdm_runs):
     for r, component in ((first, "validation"), (second, "test")):
         m = r.metrics()
         assert m["split"].tolist() == [component] * 2 and m["lightness"].tolist() == ["model", "photograph"]
-        assert 0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0] and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
+        assert (
+            0 < m["codebook usage"].iloc[0] <= 1 <= m["perplexity"].iloc[0]
+            and m["FID (EfficientNet-Lite0)"].iloc[0] > 0
+        )
     (run,) = read_runs(phase="phase2", model="bbdm")
     assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{second.path.name[-6:]}")
     (file,) = runs_dir().glob("data-photographs-*/*.f16")
     assert file.stat().st_size == 2 * 66 * 6 * 16 * 16 and "latents of train: made" in said
     table = run.metrics()
-    assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["sampling"].unique().tolist() == ["eta=1, sample_steps=3"]
+    assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and table["sampling"].unique().tolist() == [
+        "eta=1, sample_steps=3"
+    ]
     assert table["step"].tolist() == [3, 3, 6, 6, 9, 9, 12, 12, 15, 15]
 
 
 def test_more_steps_are_rows_of_the_same_run(photographs, bbdm_runs):
     (run,) = read_runs(phase="phase2", model="bbdm")
-    kept = {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")}
+    kept = {
+        f: f.stat().st_mtime_ns
+        for f in runs_dir().rglob("*")
+        if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl", ".f16")
+    }
     components = find_components(run, dict(sample_steps=4, eta=0.0), CPU)
     run_days(run, load_photos(photographs), Judge(), dict(sample_steps=4, eta=0.0), CPU, components)
-    assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {"eta=0, sample_steps=4": 5, "eta=1, sample_steps=3": 5}
+    assert run.metrics().groupby("sampling")["day"].nunique().to_dict() == {
+        "eta=0, sample_steps=4": 5,
+        "eta=1, sample_steps=3": 5,
+    }
     assert kept.items() <= {f: f.stat().st_mtime_ns for f in runs_dir().rglob("*")}.items()
 
 
@@ -69,21 +82,34 @@ def test_an_interrupted_bbdm_ends_the_same(photographs, bbdm, tmp_path, monkeypa
     photos = load_photos(photographs)
 
     def phase2():
-        components, sampling = prepare_components("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
-        return run_days(study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU), photos, Judge(), sampling, CPU, components)
+        components, sampling = prepare_components(
+            "bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU
+        )
+        return run_days(
+            study_run("phase2", "bbdm", "beta1-0.7", "smoke", 0, photos, Budget(15, "steps"), CPU),
+            photos,
+            Judge(),
+            sampling,
+            CPU,
+            components,
+        )
 
     interrupt(monkeypatch, faic.bbdm.BBDM, 8, phase2)
     run = phase2()
     assert len(read_runs(phase="component")) == 2
     for day in range(1, 6):
-        assert same(*(load_file(runs / run.path.name / f"day-{day}.safetensors") for runs in (tmp_path / "runs", bbdm / "runs"))), day
+        assert same(
+            *(load_file(runs / run.path.name / f"day-{day}.safetensors") for runs in (tmp_path / "runs", bbdm / "runs"))
+        ), day
 
 
 def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, after its discriminator has begun and between two checkpoints."""
     monkeypatch.setitem(PRESETS["smoke"], "components", dict.fromkeys(COMPONENTS["bbdm"], ("15 steps", "15 steps")))
     photos = load_photos(photographs)
-    components = lambda: prepare_components("bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU)
+    components = lambda: prepare_components(
+        "bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU
+    )
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "whole"))
     components()
     whole = {r.path.name: weights(r) for r in read_runs(phase="component")}
@@ -104,7 +130,9 @@ def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypa
     if latent == "f4":
         stage = str(tmp_path / "model.ckpt")
         faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage)
-    components, sampling = prepare_components("bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage)
+    components, sampling = prepare_components(
+        "bbdm", "phase1", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU, latent, stage
+    )
     run = study_run("phase1", "bbdm", "default", "smoke", 0, photos, Budget(2, "steps"), CPU, latent, stage)
     run_days(run, photos, Judge(), sampling, CPU, components)
     assert run.options["first_stage"].split(":")[0] == dict(f4="given", f8="own", none="")[latent]
@@ -116,7 +144,12 @@ def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypa
 def test_first_stages_that_do_not_fit_are_refused_at_once(tmp_path):
     file = tmp_path / "model.ckpt"
     faic.vqgan.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1), num_res_blocks=1, n_embed=16), file)
-    for stage, latent, said in ((file, "f4", "by the factor 2"), (tmp_path / "no.ckpt", "f4", "is no file"), ("plain", "none", "has no first stage"), (__file__, "f8", "is no VQGAN")):
+    for stage, latent, said in (
+        (file, "f4", "by the factor 2"),
+        (tmp_path / "no.ckpt", "f4", "is no file"),
+        ("plain", "none", "has no first stage"),
+        (__file__, "f8", "is no VQGAN"),
+    ):
         given_ = dict(model="bbdm", preset="smoke", latent=latent, first_stage=str(stage), sample_steps=2)
         with pytest.raises(ValueError) as error:
             notebook_parameters(given_, *given_)

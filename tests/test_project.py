@@ -1,4 +1,5 @@
 """The project holds together: exports, notebooks, README, imports, and the notebooks' own checks."""
+
 import json
 import os
 import re
@@ -30,7 +31,9 @@ def cells(notebook, kind="code"):
 def copy(tmp_path):
     """A copy of the sources that nbdev may write into."""
     for name in ("nbs", "faic"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     for name in ("settings.ini", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -38,7 +41,11 @@ def copy(tmp_path):
 
 def differing(a, b, pattern):
     names = {f.name for folder in (a, b) for f in folder.glob(pattern)}
-    return [n for n in sorted(names) if not (a / n).exists() or not (b / n).exists() or (a / n).read_bytes() != (b / n).read_bytes()]
+    return [
+        n
+        for n in sorted(names)
+        if not (a / n).exists() or not (b / n).exists() or (a / n).read_bytes() != (b / n).read_bytes()
+    ]
 
 
 def test_package_is_a_fresh_export(copy):
@@ -55,7 +62,9 @@ def test_notebooks_are_clean(copy):
 
 
 def test_readme_is_the_index_notebook():
-    made = run(sys.executable, "-m", "nbconvert", "--to", "markdown", "--no-input", "--stdout", ROOT / "nbs" / "index.ipynb")
+    made = run(
+        sys.executable, "-m", "nbconvert", "--to", "markdown", "--no-input", "--stdout", ROOT / "nbs" / "index.ipynb"
+    )
     assert made.returncode == 0, made.stderr
     assert made.stdout == (ROOT / "README.md").read_text(), "run make readme and commit README.md"
 
@@ -72,7 +81,9 @@ def test_a_notebook_imports_only_from_smaller_numbers():
     for nb in NOTEBOOKS:
         if not nb.stem[:2].isdigit():
             continue
-        source = "\n".join("".join(c["source"]) for c in cells(nb) if re.search(r"^#\| export", "".join(c["source"]), re.M))
+        source = "\n".join(
+            "".join(c["source"]) for c in cells(nb) if re.search(r"^#\| export", "".join(c["source"]), re.M)
+        )
         for module in re.findall(r"^\s*(?:from|import) faic\.(\w+)", source, re.M):
             assert MODULES[module] < int(nb.stem[:2]), f"{nb.name} imports faic.{module}"
         assert "import *" not in source, nb.name
@@ -91,7 +102,11 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     plain = lambda spec: re.split(r"[<>=!~\[]", spec)[0].lower().replace("_", "-")
-    named = {plain(s) for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements") for s in shlex.split(config["DEFAULT"][key])}
+    named = {
+        plain(s)
+        for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements")
+        for s in shlex.split(config["DEFAULT"][key])
+    }
     pinned = {plain(l) for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
 

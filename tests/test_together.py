@@ -1,4 +1,5 @@
 """Several processes make the learning curve and the scores of one."""
+
 import json
 import os
 import subprocess
@@ -13,8 +14,19 @@ import together
 def both(tmp_path_factory):
     """What one process finds and what two find; they run side by side."""
     out = tmp_path_factory.mktemp("together") / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", together.__file__, str(out)]
-    two = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        together.__file__,
+        str(out),
+    ]
+    two = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
+    )
     one = together.find_all(out.with_suffix(".one"))
     said, _ = two.communicate()
     assert two.returncode == 0, said[-3000:]
@@ -25,7 +37,9 @@ def both(tmp_path_factory):
 def test_two_processes_train_as_one(both, name):
     """Batches of 3 and of 1: odd shares, and a process without an image. In float64, so that only a mistake makes a difference."""
     one, two = (found[name] for found in both)
-    assert len(one["losses"]) == len(two["losses"]) == 20 and [sorted(step) for step in one["losses"]] == [sorted(step) for step in two["losses"]]
+    assert len(one["losses"]) == len(two["losses"]) == 20 and [sorted(step) for step in one["losses"]] == [
+        sorted(step) for step in two["losses"]
+    ]
     for a, b in zip(one["losses"], two["losses"]):
         assert b == pytest.approx(a, rel=1e-8)
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-8)

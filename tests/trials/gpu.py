@@ -148,8 +148,9 @@ def name_of(folder):
 
 def rehearse(o):
     """Every stage at toy size, from photographs to runs; the items that were not done."""
-    from faic.dataset import load_photos
     from gpu_stage import failed
+
+    from faic.dataset import load_photos
 
     stages, wrong = o.stages or STAGES, []
     limits = dict(check=300, speed=300, train=300)  # where other work slows it down

@@ -265,7 +265,8 @@ def precisions(device, model, rehearse, seconds):
             losses[name], peaks[name] = steps(trainer, count), peak_gb(device)
             if name == "float32":
                 state = {
-                    n: {k: v.clone() for k, v in net.state_dict().items()} for n, net in trainer.trainee.networks().items()
+                    n: {k: v.clone() for k, v in net.state_dict().items()}
+                    for n, net in trainer.trainee.networks().items()
                 }
     trainee, parts = untrained(model, "gpu", device)
     for n, net in trainee.networks().items():

@@ -241,5 +241,7 @@ def unpack(chunks, folder, pool):
     parts = {p: len(photos.splits[p]) for p in PARTS}
     if parts["train"] != TRAIN_TO_ONE * parts["validation"] or parts["validation"] != parts["test"]:
         raise ValueError(f"the parts are {parts}; a chunk is incomplete")
-    summary = dict(chunks=[f.name for f in found], components=parts, fingerprint=photos.fingerprint, whole=about["whole"])
+    summary = dict(
+        chunks=[f.name for f in found], components=parts, fingerprint=photos.fingerprint, whole=about["whole"]
+    )
     return prepared, photos, summary | dict(lists=list_hashes(photos))

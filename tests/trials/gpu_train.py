@@ -37,8 +37,18 @@ from faic.days import missing_rows, run_baselines, study_run
 from faic.evaluate import evaluate, features_of, sample_rows
 from faic.intervals import summarize
 from faic.metrics import efficientnet_lite0
-from faic.presets import (MODELS, PAPER_FID, PAPER_WINNER, PRESETS, components_of, day_budget, default_sampling,
-                          describe_sampling, make_colorizer, make_trainee)
+from faic.presets import (
+    MODELS,
+    PAPER_FID,
+    PAPER_WINNER,
+    PRESETS,
+    components_of,
+    day_budget,
+    default_sampling,
+    describe_sampling,
+    make_colorizer,
+    make_trainee,
+)
 from faic.resume import load_weights, work_done
 from faic.runs import keep_samples, primary_rows, read_runs
 from faic.selection import phase1_winner, write_winner
@@ -111,7 +121,9 @@ class Study:
         self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"), initializer=without_gpu)
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
         faic.evaluate.summarize = self.later
-        faic.evaluate.make_generator = faic.components.make_generator = faic.days.make_generator = faic.benchmark.make_generator = faic.colorize.make_generator = numbers_on(device)
+        faic.evaluate.make_generator = faic.components.make_generator = faic.days.make_generator = (
+            faic.benchmark.make_generator
+        ) = faic.colorize.make_generator = numbers_on(device)
         faic.resume.save_checkpoint = faic.trainer.save_checkpoint = saves_components(faic.resume.save_checkpoint)
         faic.days.eval_batch_size = lambda options, device: TOGETHER if device.type == "cuda" else 10
 
@@ -180,7 +192,9 @@ class Study:
     def parts(self, model, phase, seed):
         """(component -> network, sampling with their name)."""
         photos, feature_net = self.place()
-        return prepare_components(model, phase, PRESET, seed, photos, default_sampling(model, PRESET), feature_net, self.device)
+        return prepare_components(
+            model, phase, PRESET, seed, photos, default_sampling(model, PRESET), feature_net, self.device
+        )
 
 
 def photographs(study, seconds):
@@ -315,7 +329,9 @@ def train(study, model, phase, name, seed):
 def set_part_budgets(study):
     """Components get a share of a day, however long that is."""
     share = f"{PART * study.day_seconds() / 3600:.4g} hours"
-    PRESETS[PRESET] = PRESETS[PRESET] | dict(components={part: (share, share) for part in PRESETS[PRESET]["components"]})
+    PRESETS[PRESET] = PRESETS[PRESET] | dict(
+        components={part: (share, share) for part in PRESETS[PRESET]["components"]}
+    )
 
 
 def scores(study, seconds):

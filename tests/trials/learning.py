@@ -7,6 +7,7 @@ Each item is a model with changed options. A line states the photographs seen, F
 CSV file. Runs lie in FAIC_RUNS; an item whose run is there already is not trained again. ColTran's color upsampler, which all its items
 share, is the preset's. `--scored` sets how many validation photographs are colorized.
 """
+
 import argparse
 import json
 import time
@@ -47,7 +48,16 @@ def train_and_score(model, changes, args, photos, judge, device):
     """A row: what was trained, on how many photographs, and its scores."""
     options, sampling = model_options(model, args.preset) | changes, default_sampling(model, args.preset)
     budget = Budget(args.steps, "steps") if args.steps else Budget(args.minutes / 60, "hours")
-    run_options = dict(phase="phase1", model=model, variant="trial", preset=args.preset, seed=args.seed, data=data_options(photos, "phase1"), budget=str(budget), train=options)
+    run_options = dict(
+        phase="phase1",
+        model=model,
+        variant="trial",
+        preset=args.preset,
+        seed=args.seed,
+        data=data_options(photos, "phase1"),
+        budget=str(budget),
+        train=options,
+    )
     run = open_run(run_options, device)
     parts, sampling = prepare_components(model, "phase1", args.preset, args.seed, photos, sampling, judge, device)
     began = time.monotonic()
@@ -55,10 +65,23 @@ def train_and_score(model, changes, args, photos, judge, device):
     trained = time.monotonic() - began
     evaluate_day(run, 1, weights, photos, judge, sampling, device, parts)
     scores = run.metrics().iloc[0]
-    fid = next(c for c in scores.index if c.startswith("FID (") and "unpaired" not in c and "interval" not in c and scores[c] == scores[c])
+    fid = next(
+        c
+        for c in scores.index
+        if c.startswith("FID (") and "unpaired" not in c and "interval" not in c and scores[c] == scores[c]
+    )
     seen = int(scores["step"]) * options["batch_size"]
-    return dict(model=model, changes=json.dumps(changes), steps=int(scores["step"]), batch=options["batch_size"], photographs=seen,
-                training_seconds=round(float(scores["training_seconds"]), 1), wall=round(trained, 1), FID=round(float(scores[fid]), 1), **{c: round(float(scores[c]), 2) for c in COLUMNS})
+    return dict(
+        model=model,
+        changes=json.dumps(changes),
+        steps=int(scores["step"]),
+        batch=options["batch_size"],
+        photographs=seen,
+        training_seconds=round(float(scores["training_seconds"]), 1),
+        wall=round(trained, 1),
+        FID=round(float(scores[fid]), 1),
+        **{c: round(float(scores[c]), 2) for c in COLUMNS},
+    )
 
 
 def main(words=None):

@@ -9,6 +9,7 @@ timed for `--seconds` in each of `--rounds` rounds, so that a change of the mach
 the median of the rounds. A step holds all that training does: batches, losses, gradients, optimizers, averages, a look at the losses every
 25 steps; checkpoints are left out. `--neighbors` keeps that many cores busy meanwhile. `--profile` states where the time of a step goes.
 """
+
 import argparse
 import itertools
 import json
@@ -40,7 +41,13 @@ SMALL = 0.02  # of a step's time: what takes less is not listed in a profile
 def photographs(number, side):
     """Smooth noise, (number,side,side,3) uint8."""
     coarse = torch.rand(number, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return (torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return (
+        (torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1) * 255)
+        .byte()
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .numpy()
+    )
 
 
 def make_trainer(model, preset, changes, device, folder):
@@ -52,10 +59,31 @@ def make_trainer(model, preset, changes, device, folder):
     array, latents = photographs(PHOTOGRAPHS, options["load_side"]), None
     if model == "bbdm" and options["factor"] > 1:
         side, channels = options["side"] // options["factor"], options["latent_channels"]
-        latents = torch.randn(PHOTOGRAPHS, 2 if options["flip"] else 1, 2 * channels, side, side, generator=torch.Generator().manual_seed(0)).half().numpy()
+        latents = (
+            torch.randn(
+                PHOTOGRAPHS,
+                2 if options["flip"] else 1,
+                2 * channels,
+                side,
+                side,
+                generator=torch.Generator().manual_seed(0),
+            )
+            .half()
+            .numpy()
+        )
     folder.mkdir(parents=True)
     options |= dict(crop=options["side"], seed=0)
-    return Trainer(trainee, Run(folder, {}), array, np.arange(PHOTOGRAPHS), Budget(10**9, "steps"), options, 1, device, prepared=latents)
+    return Trainer(
+        trainee,
+        Run(folder, {}),
+        array,
+        np.arange(PHOTOGRAPHS),
+        Budget(10**9, "steps"),
+        options,
+        1,
+        device,
+        prepared=latents,
+    )
 
 
 class Item:
@@ -92,13 +120,23 @@ class Item:
     def profile(self):
         """Milliseconds of a step by operation and by stage, from torch's profiler; stages overlap operations."""
         steps = 5
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self.trainer.device.type == "cuda")
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+            self.trainer.device.type == "cuda"
+        )
         with torch.profiler.profile(activities=activities) as profiler, Stages(self):
             self.run(0, steps)
         events = profiler.key_averages()
         total = sum(e.self_cpu_time_total for e in events)
-        stages = {e.key.removeprefix("stage: "): e.cpu_time_total / steps / 1000 for e in events if e.key.startswith("stage: ")}
-        ops = {e.key: e.self_cpu_time_total / steps / 1000 for e in events if not e.key.startswith("stage: ") and e.self_cpu_time_total > SMALL * total}
+        stages = {
+            e.key.removeprefix("stage: "): e.cpu_time_total / steps / 1000
+            for e in events
+            if e.key.startswith("stage: ")
+        }
+        ops = {
+            e.key: e.self_cpu_time_total / steps / 1000
+            for e in events
+            if not e.key.startswith("stage: ") and e.self_cpu_time_total > SMALL * total
+        }
         return dict(stages=stages, operations=dict(sorted(ops.items(), key=lambda o: -o[1])))
 
 
@@ -142,9 +180,19 @@ class Stages:
 
 def items_of(args, device, folder):
     """All trainers, warm."""
-    for k, (model, threads, precision, last) in enumerate(itertools.product(args.models, args.threads, args.precision, args.channels_last)):
-        changes = args.set | (dict(precision=precision) if precision else {}) | (dict(channels_last=last) if last is not None else {})
-        item = Item(dict(model=model, threads=threads) | changes, make_trainer(model, args.preset, changes, device, folder / str(k)), threads)
+    for k, (model, threads, precision, last) in enumerate(
+        itertools.product(args.models, args.threads, args.precision, args.channels_last)
+    ):
+        changes = (
+            args.set
+            | (dict(precision=precision) if precision else {})
+            | (dict(channels_last=last) if last is not None else {})
+        )
+        item = Item(
+            dict(model=model, threads=threads) | changes,
+            make_trainer(model, args.preset, changes, device, folder / str(k)),
+            threads,
+        )
         item.run(1, args.warmup)
         yield item
 
@@ -162,8 +210,15 @@ def parse(words):
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--preset", default="laptop", choices=tuple(PRESETS))
     parser.add_argument("--threads", type=lambda s: [int(n) for n in s.split(",")], default=[torch.get_num_threads()])
-    parser.add_argument("--precision", type=lambda s: s.split(","), default=[None], help="of float32, bfloat16; without it the preset's")
-    parser.add_argument("--channels-last", type=lambda s: [json.loads(v) for v in s.split(",")], default=[None], help="of false, true; without it the preset's")
+    parser.add_argument(
+        "--precision", type=lambda s: s.split(","), default=[None], help="of float32, bfloat16; without it the preset's"
+    )
+    parser.add_argument(
+        "--channels-last",
+        type=lambda s: [json.loads(v) for v in s.split(",")],
+        default=[None],
+        help="of false, true; without it the preset's",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=8)
@@ -189,19 +244,35 @@ def main(words=None):
                     item.rates.append(item.run(args.seconds))
             found = []
             for item in items:
-                rates = dict(best=round(max(item.rates), 2), median=round(statistics.median(item.rates), 2), rates=[round(r, 2) for r in item.rates])
+                rates = dict(
+                    best=round(max(item.rates), 2),
+                    median=round(statistics.median(item.rates), 2),
+                    rates=[round(r, 2) for r in item.rates],
+                )
                 profiles = dict(profile=item.profile()) if args.profile else {}
                 found.append(item.names | rates | profiles)
                 named = ", ".join(f"{k} {v}" for k, v in item.names.items() if k != "model")
-                print(f"{item.names['model']:14} {named}: {rates['best']:.2f} photographs/s (median {rates['median']:.2f})", flush=True)
+                print(
+                    f"{item.names['model']:14} {named}: {rates['best']:.2f} photographs/s (median {rates['median']:.2f})",
+                    flush=True,
+                )
                 for kind, times in profiles.get("profile", {}).items():
-                    print(f"    {kind}, ms a step: " + ", ".join(f"{n} {ms:.1f}" for n, ms in times.items()), flush=True)
+                    print(
+                        f"    {kind}, ms a step: " + ", ".join(f"{n} {ms:.1f}" for n, ms in times.items()), flush=True
+                    )
                 item.batches.close()
     finally:
         for process in neighbors:
             process.kill()
             process.wait()
-    report = dict(device=device_name(device), torch=torch.__version__, preset=args.preset, neighbors=args.neighbors, seconds=args.seconds, items=found)
+    report = dict(
+        device=device_name(device),
+        torch=torch.__version__,
+        preset=args.preset,
+        neighbors=args.neighbors,
+        seconds=args.seconds,
+        items=found,
+    )
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
