@@ -159,10 +159,7 @@ def notebook_parameters(
     model, preset = namespace.get('model'), namespace.get('preset')
     everybodys = {n for a in ARCHITECTURES.values() for n in own_parameters(a)}
     checks = {n: PARAMETERS.get(n, _unchecked) for n in names if n in PARAMETERS or n in everybodys}
-    if 'model' not in names:
-        chosen = list(ARCHITECTURES.values())
-    else:
-        chosen = [ARCHITECTURES[model]] if model in ARCHITECTURES else []
+    chosen = [ARCHITECTURES[model]] if model in ARCHITECTURES else list(ARCHITECTURES.values())
     for architecture in chosen:
         own = own_parameters(architecture, preset)
         injected = _injected_names(namespace) & set(own)

@@ -31,15 +31,15 @@ def work(model, precision):
     from faic.core import Budget, pick_device
     from faic.dataset import load_photos
     from faic.days import run_days, study_run
-    from faic.presets import COMPONENTS, PRESETS, default_sampling
+    from faic.presets import PRESETS, all_components, default_sampling
 
     class Saving(faic.trainer.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, save_minutes=0, **kwargs)
 
     faic.components.Trainer, faic.trainer.CHECK_EVERY = Saving, 3
-    PRESETS["smoke"]["components"] = {p: (f"{STEPS} steps",) * 2 for m in COMPONENTS for p in COMPONENTS[m]}
-    for changes in PRESETS["smoke"]["changes"].values():
+    PRESETS["smoke"].components = {c: (f"{STEPS} steps",) * 2 for c in all_components()}
+    for changes in PRESETS["smoke"].changes.values():
         changes["precision"] = precision
     print("ready", flush=True)
     photos, cpu = load_photos(), pick_device("cpu")

@@ -15,7 +15,7 @@ import faic.trainer
 from faic.colorize import colorize_photo
 from faic.components import find_components
 from faic.core import make_generator, pick_device
-from faic.presets import COMPONENTS, PRESETS, default_sampling, make_colorizer, make_trainee
+from faic.presets import ARCHITECTURES, PRESETS, default_sampling, make_colorizer, make_trainee
 from faic.resume import load_weights
 from faic.selection import find_run, last_day
 
@@ -69,9 +69,8 @@ def interrupt(monkeypatch, owner, call, work):
 
 def small_parts(monkeypatch, steps):
     """Parts of a few steps, for tests inside this process."""
-    monkeypatch.setitem(
-        PRESETS["smoke"], "components", {p: (f"{steps} steps", f"{steps} steps") for p in COMPONENTS["coltran"]}
-    )
+    budgets = {c.name: (f"{steps} steps", f"{steps} steps") for c in ARCHITECTURES["coltran"].components}
+    monkeypatch.setattr(PRESETS["smoke"], "components", budgets)
 
 
 def weights(run):

@@ -24,7 +24,7 @@ from faic.dataset import load_photos
 from faic.days import run_baselines
 from faic.jobs import Job, job_row, photograph_counts, study_jobs
 from faic.parameters import variants_of
-from faic.presets import PAPER_FID, model_options
+from faic.presets import default_variants, model_options
 from faic.runs import open_run, read_runs
 from faic.status import describe_status, run_progress, status
 
@@ -256,7 +256,7 @@ def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
 def test_seeds_are_jobs_of_their_own_and_share_a_winner():
     jobs = {j.name: j for j in study_jobs("smoke", models=("pix2pix",), seeds=(0, 1, 2))}
     assert len(jobs) == 3 * 6 + 2
-    variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in PAPER_FID["pix2pix"]]
+    variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in default_variants("pix2pix")]
     for seed in (0, 1, 2):
         assert all(
             jobs[v].depends_on == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed

@@ -1,6 +1,11 @@
 "Metrics and intervals: equal to other libraries on many inputs; several processes; bad input; large sets."
 
-import json, os, sys, time, types, warnings
+import json
+import os
+import sys
+import time
+import types
+import warnings
 
 import ignite.metrics
 import numpy as np

@@ -10,8 +10,9 @@ import pytest
 from phases import NBS, TINY, Judge
 
 import faic.phases
-from faic.parameters import ParameterError
+from faic.parameters import ParameterError, own_parameters
 from faic.phases import run_phase1, run_phase2
+from faic.presets import ARCHITECTURES
 
 JUPYTER = ("papermill", "nbdev", "IPython", "ipykernel", "nbclient", "nbformat", "fastcore", "execnb")
 
@@ -33,7 +34,10 @@ def parameters(notebook):
 
 @pytest.mark.parametrize("notebook, function", [("phase1", run_phase1), ("phase2", run_phase2)])
 def test_a_function_has_its_notebook_s_parameters(notebook, function):
-    assert parameters(notebook) == {n: p.default for n, p in inspect.signature(function).parameters.items()}
+    shown = parameters(notebook)
+    own = {n for a in ARCHITECTURES.values() for n in own_parameters(a)}
+    shared = {n: p.default for n, p in inspect.signature(function).parameters.items() if n != "own"}
+    assert {n: v for n, v in shown.items() if n not in own} == shared and own <= set(shown)
 
 
 def test_phase1_and_phase2_return_what_the_notebooks_show(photographs, quick):

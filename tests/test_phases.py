@@ -18,7 +18,7 @@ from faic.core import Budget, runs_dir
 from faic.dataset import load_photos
 from faic.days import run_baselines, run_days, study_run
 from faic.photos import describe
-from faic.presets import SAMPLING
+from faic.presets import default_sampling
 from faic.runs import primary_rows, read_runs
 from faic.selection import describe_lead, write_winner
 
@@ -151,7 +151,7 @@ def test_a_folder_of_41_photographs_is_enough(tmp_path, monkeypatch):
             study_run("phase1", "pix2pix", v, "smoke", 0, photos, Budget(3, "steps"), CPU),
             photos,
             Judge(),
-            SAMPLING["pix2pix"],
+            default_sampling("pix2pix", "smoke"),
             CPU,
         )
         for v in ("default", "beta1-0.7")

@@ -14,8 +14,9 @@ from faic.components import find_components, prepare_components
 from faic.core import Budget, runs_dir
 from faic.dataset import load_photos
 from faic.days import run_days, study_run
+from faic.first_stages import VQGANS
 from faic.parameters import notebook_parameters
-from faic.presets import COMPONENTS, PRESETS
+from faic.presets import PRESETS
 from faic.runs import read_runs
 
 
@@ -105,7 +106,7 @@ def test_an_interrupted_bbdm_ends_the_same(photographs, bbdm, tmp_path, monkeypa
 
 def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeypatch):
     """Stopped in phase 2, after its discriminator has begun and between two checkpoints."""
-    monkeypatch.setitem(PRESETS["smoke"], "components", dict.fromkeys(COMPONENTS["bbdm"], ("15 steps", "15 steps")))
+    monkeypatch.setattr(PRESETS["smoke"], "components", dict.fromkeys(VQGANS, ("15 steps", "15 steps")))
     photos = load_photos(photographs)
     components = lambda: prepare_components(
         "bbdm", "phase2", "smoke", 0, photos, dict(sample_steps=3, eta=1.0), Judge(), CPU
@@ -118,14 +119,14 @@ def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeyp
     components()
     again = {r.path.name: weights(r) for r in read_runs(phase="component")}
     assert len(whole) == 2 and all(same(again[name], whole[name]) for name in whole)
-    assert max(int(w["D.steps"]) for w in whole.values()) == 30 > PRESETS["smoke"]["changes"]["vqgan_f4"]["disc_start"]
+    assert max(int(w["D.steps"]) for w in whole.values()) == 30 > PRESETS["smoke"].changes["vqgan_f4"]["disc_start"]
 
 
 @pytest.mark.parametrize("latent", ["f4", "f8", "none"])
 def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypatch):
     """A given first stage, another factor, and no latent space at all."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setitem(PRESETS["smoke"], "components", dict.fromkeys(COMPONENTS["bbdm"], ("2 steps", "2 steps")))
+    monkeypatch.setattr(PRESETS["smoke"], "components", dict.fromkeys(VQGANS, ("2 steps", "2 steps")))
     photos, stage = load_photos(photographs), ""
     if latent == "f4":
         stage = str(tmp_path / "model.ckpt")

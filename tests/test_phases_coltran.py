@@ -28,14 +28,18 @@ import faic.coltran
 import faic.coltran_checkpoints
 import faic.tf_checkpoints
 from faic.coltran import Colorizer, Upsampler
+from faic.coltran_checkpoints import external_checkpoints, official_networks
 from faic.components import find_components, prepare_components, train_component
 from faic.core import runs_dir
 from faic.dataset import load_photos
 from faic.days import run_days, run_pretrained
-from faic.parameters import check_params, external_checkpoints, official_networks
-from faic.presets import COMPONENTS, PRESETS, SAMPLING, UPSAMPLERS
+from faic.parameters import check_params
+from faic.presets import ARCHITECTURES, PRESETS, default_sampling
 from faic.resume import TrainingStopped
 from faic.runs import primary_rows, read_runs
+
+UPSAMPLERS = tuple(c.name for c in ARCHITECTURES["coltran"].components)
+SAMPLING = default_sampling("coltran", "smoke")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,9 @@ def copied_runs(coltran, tmp_path, monkeypatch):
 
 def test_phase2_alone_trains_the_parts_of_both_phases(coltran_runs):
     said = printed(coltran_runs)
-    for component in COMPONENTS["coltran"]:
+    for component in UPSAMPLERS:
         first, second = (read_runs(phase="component", model=component, of=phase)[0] for phase in ("phase1", "phase2"))
-        steps, more = (int(PRESETS["smoke"]["components"][component][i].split()[0]) for i in (0, 1))
+        steps, more = (int(PRESETS["smoke"].components[component][i].split()[0]) for i in (0, 1))
         assert (first.options["data"]["train"], second.options["data"]["train"]) == (36, 66), (
             "phase 1's part sees phase 1's photographs only"
         )
@@ -90,7 +94,7 @@ def test_each_day_has_a_row_for_either_lightness(coltran_runs):
         and table["lightness"].tolist() == ["model", "photograph"] * 5
     )
     (sampling,) = table["sampling"].unique()
-    own = "+".join(read_runs(phase="component", model=p, of="phase2")[0].path.name[-6:] for p in COMPONENTS["coltran"])
+    own = "+".join(read_runs(phase="component", model=p, of="phase2")[0].path.name[-6:] for p in UPSAMPLERS)
     assert sampling == f"norm=row, temperature=1, upsamplers=own:{own}" == run.options["made"]["sampling"]
     assert primary_rows(run)["lightness"].tolist() == ["model"] * 5
     assert (table.groupby("lightness")["PSNR"].mean().diff().dropna() > 0).all(), "a copied lightness raises the PSNR"
@@ -181,7 +185,7 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(photographs, co
     kept = {
         f: f.stat().st_mtime_ns for f in runs_dir().rglob("*") if f.suffix in (".safetensors", ".pt", ".npy", ".jsonl")
     }
-    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
+    photos, chosen = load_photos(photographs), SAMPLING | dict(upsamplers=f"official:{official}")
     components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
     run_days(run, photos, Judge(), sampling, CPU, components)
     rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
@@ -196,9 +200,9 @@ def test_given_upsamplers_score_the_days_again_and_train_nothing(photographs, co
 
 def test_one_given_upsampler_and_one_of_ours(photographs, copied_runs, official, tmp_path):
     shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
-    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
+    photos, chosen = load_photos(photographs), SAMPLING | dict(upsamplers=f"official:{tmp_path / 'one'}")
     components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, Judge(), CPU)
-    own, _ = prepare_components("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], Judge(), CPU)
+    own, _ = prepare_components("coltran", "phase2", "smoke", 0, photos, SAMPLING, Judge(), CPU)
     assert list(components) == list(own) and components["coltran_color"].head.in_features == 8, (
         "the given color upsampler ..."
     )
@@ -220,7 +224,7 @@ def test_a_given_model_is_scored_once_beside_ours(photographs, official, tmp_pat
             0,
             photos,
             Judge(),
-            SAMPLING["coltran"] | dict(temperature=0.0),
+            SAMPLING | dict(temperature=0.0),
             CPU,
         )
     assert run.path.name.startswith("phase2-coltran-pretrained-smoke-s0-")
@@ -235,16 +239,16 @@ def test_given_checkpoints_are_looked_at_first(official, tmp_path):
             check_params(dict(upsamplers=value), upsamplers=external_checkpoints("own", networks, side))
         return str(error.value)
 
-    assert external_checkpoints("own", ("colorizer", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
+    assert external_checkpoints("own", ("coltran", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
     assert "color_upsampler is for 16x16 pixels, not 64x64" in refused(f"official:{official}", side=256)
     assert "need the preset paper" in refused(f"official:{official}", side=256)
     shutil.copytree(official, tmp_path / "cut")
     (data,) = (tmp_path / "cut" / "spatial_upsampler").glob("*.data-00002*")
     data.write_bytes(data.read_bytes()[:-1])
     assert "is cut off" in refused(f"official:{tmp_path / 'cut'}")
-    assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("colorizer", *UPSAMPLERS))
-    native = ("colorizer", "color_upsampler")  # of a ColTran that works at the photographs' side: these are for 16x16
-    assert list(official_networks(f"official:{official}", 16, native)) == list(native)
+    assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("coltran", *UPSAMPLERS))
+    native = ("coltran", "coltran_color")  # of a ColTran that works at the photographs' side: these are for 16x16
+    assert list(official_networks(f"official:{official}", native, 16)) == list(native)
     assert "colorizer is for 16x16 pixels, not 64x64" in refused(f"official:{official}", native)
 
 
@@ -256,8 +260,8 @@ def test_colorize_with_coltran(coltran_runs):
 
 def test_a_run_without_its_parts_says_what_is_missing(copied_runs):
     (run,) = read_runs(phase="phase2", model="coltran")
-    assert find_components(run, SAMPLING["coltran"], CPU).keys() == set(COMPONENTS["coltran"])
+    assert find_components(run, SAMPLING, CPU).keys() == set(UPSAMPLERS)
     for folder in runs_dir().glob("component-coltran_spatial-*"):
         shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="needs its part coltran_spatial"):
-        find_components(run, SAMPLING["coltran"], CPU)
+    with pytest.raises(FileNotFoundError, match="needs its component coltran_spatial"):
+        find_components(run, SAMPLING, CPU)
