@@ -107,7 +107,7 @@ def test_a_changed_folder_is_refused_where_runs_need_it_and_the_prepared_one_goe
         "removed: 1 (07.bmp)",
         "added: 1 (99.bmp)",
         "changed: 1 (11.bmp)",
-        f"give as data what was prepared, which needs the photographs no more: {first.folder} ",
+        f"To continue with the old photographs, give {first.folder} as data; it needs the files no more",
         "move",
     ):
         assert said in str(error.value)
