@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -34,16 +35,19 @@ class Batch(Mapping):
     def __getitem__(self, key):
         if key == 'gray' and self._made[key] is None:
             rgb = self._made['rgb']
-            with torch.autocast(rgb.device.type, enabled=False): # which would round it
+            with torch.autocast(rgb.device.type, enabled=False): # autocast would round it
                 self._made[key] = luma(rgb.mul(255).round_().to(torch.uint8), self._gray_kind)
         return self._made[key]
 
     def __iter__(self): return iter(self._made)
     def __len__(self): return len(self._made)
-    def __or__(self, more:dict)->'Batch': # with further items
+
+    def __or__(self, more:dict)->'Batch':
+        "Add items."
         return self._with(self._made | more)
 
-    def rows(self, rows:slice)->'Batch': # of some of its images
+    def rows(self, rows:slice)->'Batch':
+        "Take some of the images."
         return self._with({k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in self._made.items()})
 
     def _with(self, made):
@@ -51,11 +55,57 @@ class Batch(Mapping):
         other._made = made
         return other
 
+# %% ../nbs/06_batches.ipynb #d0fe9664
+@dataclass(frozen=True)
+class _Draw:
+    "The random choices of one training step."
+    step:int
+    chosen:np.ndarray # (B,) rows of the photographs in this batch
+    corners:np.ndarray # (n,2) top and left of the crop, for every photograph of the epoch
+    mirrored:np.ndarray # (n,) bool, likewise
+
+def _epoch(n, seed, epoch, room): # order (n,), corners (n,2) from 0 to room, mirrored (n,)
+    g = make_generator(seed, 'epoch', epoch)
+    order = torch.randperm(n, generator=g)
+    corners = torch.randint(room + 1, (n, 2), generator=g)
+    mirrored = torch.rand(n, generator=g) < .5
+    return order.numpy(), corners.numpy(), mirrored.numpy()
+
+def _epoch_draws(n, batch_size, seed, start_step, room=0): # yields a _Draw per step, endlessly
+    first, position = divmod(start_step, math.ceil(n/batch_size))
+    step = itertools.count(start_step)
+    for epoch in itertools.count(first):
+        order, corners, mirrored = _epoch(n, seed, epoch, room)
+        for start in range(position*batch_size, n, batch_size):
+            yield _Draw(next(step), order[start:start+batch_size], corners, mirrored)
+        position = 0
+
+# %% ../nbs/06_batches.ipynb #edaf707a
+def rank_rows(
+    images:int, # in the whole batch
+    process:int, # 0 ... processes-1
+    processes:int,
+)->slice: # never empty; the lengths differ by at most one
+    "Return the rows of a batch that belong to a process."
+    if process >= images:
+        return slice(0, 1)
+    few, longer = divmod(images, processes)
+    start = process*few + min(process, longer)
+    return slice(start, start + few + (process < longer))
+
+def rank_shard(rows:np.ndarray, process:int, processes:int)->np.ndarray:
+    "Take a process's rows of a batch."
+    return rows[rank_rows(len(rows), process, processes)]
+
+def _places(draw, share): # (B,4) of a process's images: photograph, top and left of the crop, mirrored
+    chosen = rank_shard(draw.chosen, *share)
+    return np.column_stack([chosen, draw.corners[chosen], draw.mirrored[chosen]])
+
 # %% ../nbs/06_batches.ipynb #f1a1eac7
 def _batches(
-    cut, # function of an item of steps: array with a row an image, index array (B,)
-    steps, # iterable: what tells `cut` which batch to cut
-    make, # function of (index, on the CPU, and rows, on the device): the batch, which keeps nothing of rows
+    cut, # function of an item of steps: array with one row per image, index array (B,)
+    steps, # iterable: tells `cut` which batch to cut
+    make, # function of (index on the CPU, rows on the device): the batch, which keeps no view of rows
     device, # where the pixels go
     workers:int=1, # threads
 ): # yields batches; while one is used, `workers` more are being cut
@@ -66,124 +116,110 @@ def _batches(
             while ahead:
                 ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, 1))
                 rows, index = map(torch.from_numpy, ahead.popleft().result())
-                if torch.device(device).type == 'cuda': rows = rows.pin_memory() # then nobody waits for the copy
-                yield make(index, rows.to(device, non_blocking=True)) # the index is for the host
+                if torch.device(device).type == 'cuda':
+                    rows = rows.pin_memory() # the copy to the GPU then waits for nothing
+                yield make(index, rows.to(device, non_blocking=True))
         finally:
-            for later in ahead: later.cancel()
-
-# %% ../nbs/06_batches.ipynb #edaf707a
-def rank_rows(
-    images:int, # of a whole batch
-    process:int, # 0 ... processes-1
-    processes:int,
-)->slice: # as many as the others' within one; never empty
-    "Which rows of a batch a process has."
-    if process >= images: return slice(0, 1)
-    few, longer = divmod(images, processes)
-    start = process*few + min(process, longer)
-    return slice(start, start + few + (process < longer))
-
-def rank_shard(rows:np.ndarray, process:int, processes:int)->np.ndarray:
-    "A process's rows of a batch."
-    return rows[rank_rows(len(rows), process, processes)]
-
-# %% ../nbs/06_batches.ipynb #d0fe9664
-def _epoch(n, seed, epoch, room):
-    "The order of an epoch, and by photograph: rows (top, left) of the crop and whether it is mirrored."
-    g = make_generator(seed, 'epoch', epoch)
-    order, corner, mirror = torch.randperm(n, generator=g), torch.randint(room + 1, (n, 2), generator=g), torch.rand(n, generator=g) < .5
-    return order.numpy(), corner.numpy(), mirror.numpy()
-
-def _epoch_draws(n, batch_size, seed, start_step, room=0): # yields for each step: (step, chosen rows, corners of all rows, mirrors of all rows)
-    first, position = divmod(start_step, math.ceil(n/batch_size))
-    step = itertools.count(start_step)
-    for epoch in itertools.count(first):
-        order, corner, mirror = _epoch(n, seed, epoch, room)
-        for start in range(position*batch_size, n, batch_size): yield next(step), order[start:start+batch_size], corner, mirror
-        position = 0
-
-def _places(draw, share): # of a process's images in a step, (B,4): photograph, top and left of the crop, mirrored
-    _, chosen, corner, mirror = draw
-    chosen = rank_shard(chosen, *share)
-    return np.column_stack([chosen, corner[chosen], mirror[chosen]])
+            for later in ahead:
+                later.cancel()
 
 # %% ../nbs/06_batches.ipynb #33d0438d
 def resident(
     array:np.ndarray, # (n,...)
     device:torch.device,
     share:float=.4, # of the free memory that it may take
-): # a tensor on the device, or the array as it is
-    "A whole array on a GPU, where it fits; else, and for a CPU, it stays where it is."
-    if device.type != 'cuda' or isinstance(array, torch.Tensor): return array
-    if array.nbytes > share*torch.cuda.mem_get_info(device)[0]: return array
-    there = torch.empty(array.shape, dtype=torch.tensor(array[:1]).dtype, device=device)
+): # a tensor on the GPU, or the array as it is
+    "Move an array to a GPU if it fits; otherwise leave it where it is."
+    if device.type != 'cuda' or isinstance(array, torch.Tensor):
+        return array
+    if array.nbytes > share*torch.cuda.mem_get_info(device)[0]:
+        return array
+    on_gpu = torch.empty(array.shape, dtype=torch.tensor(array[:1]).dtype, device=device)
     for start in range(0, len(array), 4096):
-        there[start:start+4096] = torch.tensor(array[start:start+4096]) # a copy, because a memory map may be read-only
-    return there
+        on_gpu[start:start+4096] = torch.tensor(array[start:start+4096]) # a copy: a memory map may be read-only
+    return on_gpu
 
 def crops_of(
     array:torch.Tensor, # (n,S,S,3) uint8
     places:torch.Tensor, # (B,4) long: photograph, top and left of the crop, mirrored
     crop:int, # px
 )->torch.Tensor: # (B,3,crop,crop) uint8
-    "The crops of a whole batch, by indices."
-    steps, (photo, top, left, mirrored) = torch.arange(crop, device=array.device), places[:, :, None].unbind(1)
-    rows, columns = top + steps, left + torch.where(mirrored.bool(), steps.flip(0), steps)
+    "Cut the crops of a whole batch by indexing."
+    steps = torch.arange(crop, device=array.device)
+    photo, top, left, mirrored = places[:, :, None].unbind(1)
+    rows = top + steps
+    columns = left + torch.where(mirrored.bool(), steps.flip(0), steps)
     return array[photo[:, :, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/06_batches.ipynb #aaa17f4e
 def training_batches(
-    array, # uint8 (n,S,S,3), e.g. from `resized_for_crops`; of NumPy, or a tensor on the device, see `resident`
+    array, # uint8 (n,S,S,3), e.g. from `resized_for_crops`: a NumPy array, or a tensor on the device (see `resident`)
     indices:np.ndarray, # (n,): row i of array is photo indices[i]
     batch_size:int,
-    seed:int, # of the order, the crops and the flips
+    seed:int, # of the order, the crops and the mirrors
     crop:int, # px; at most S. S itself means no random crop
     flip:bool=True, # mirror half of the photographs
     gray_kind:str='lab', # one of GRAY_KINDS
     start_step:int=0, # batches to skip, at no cost
     device='cpu',
-    share:tuple=(0, 1), # (process, processes): which share of each batch
-    workers:int=1, # threads that cut batches ahead; more help where a cold disk is slow to find a photograph
+    share:tuple=(0, 1), # (process, processes): which rows of each batch
+    workers:int=1, # threads that cut batches ahead; more help on a cold disk
 ): # endless iterator of batches: index (B,) long, gray (B,1,crop,crop) and rgb (B,3,crop,crop) float32 in [0,1]
-    "Endless random batches; the same arguments give the same batches, from any start."
-    if isinstance(array, np.memmap): array = array.view(np.ndarray) # its own class makes each slice slower
-    n, room = len(array), array.shape[1] - crop
-    if len(indices) != n: raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
-    if not 0 <= room < array.shape[1]: raise ValueError(f'crop is {crop}; expected 1 to {array.shape[1]}, the side of the array')
-    if gray_kind not in GRAY_KINDS: raise ValueError(f'gray kind {gray_kind!r} is unknown; expected one of {GRAY_KINDS}')
-    if workers < 1: raise ValueError(f'workers is {workers}; expected at least 1')
-    indices, buffers = np.asarray(indices, dtype=np.int64), np.empty((workers + 1, batch_size, 3, crop, crop), np.uint8)
-    there = isinstance(array, torch.Tensor)
+    "Yield endless random batches; the same arguments give the same batches, from any start."
+    _check_training(array, indices, crop, gray_kind, workers)
+    if isinstance(array, np.memmap):
+        array = array.view(np.ndarray) # its own class makes each slice slower
+    n, room, on_device = len(array), array.shape[1] - crop, isinstance(array, torch.Tensor)
+    indices = np.asarray(indices, dtype=np.int64)
+    buffers = np.empty((workers + 1, batch_size, 3, crop, crop), np.uint8)
     def cut(draw):
         places = _places(draw, share)*(1, 1, 1, flip)
-        if there: return places, indices[places[:, 0]]
-        pixels = buffers[draw[0] % len(buffers), :len(places)] # the others hold the batch before and those being cut
+        if on_device:
+            return places, indices[places[:, 0]]
+        pixels = buffers[draw.step % len(buffers), :len(places)] # the other buffers hold the neighboring batches
         for out, (i, top, left, mirrored) in zip(pixels, places.tolist()):
             out[...] = array[i, top:top+crop, left:left+crop].transpose(2, 0, 1)[:, :, ::-1 if mirrored else 1]
         return pixels, indices[places[:, 0]]
-    def make(index, rows): return Batch(index, crops_of(array, rows, crop) if there else rows, gray_kind)
+    def make(index, rows):
+        return Batch(index, crops_of(array, rows, crop) if on_device else rows, gray_kind)
     return _batches(cut, _epoch_draws(n, batch_size, seed, start_step, room), make, device, workers)
+
+def _check_training(array, indices, crop, gray_kind, workers):
+    n, side = array.shape[:2]
+    if len(indices) != n:
+        raise ValueError(f'expected an index for each of the {n} rows of array, found {len(indices)}')
+    if not 0 < crop <= side:
+        raise ValueError(f'crop is {crop}; expected 1 to {side}, the side of the array')
+    if gray_kind not in GRAY_KINDS:
+        raise ValueError(f'gray kind {gray_kind!r} is unknown; expected one of {GRAY_KINDS}')
+    _check_workers(workers)
+
+def _check_workers(workers):
+    if workers < 1:
+        raise ValueError(f'workers is {workers}; expected at least 1')
 
 # %% ../nbs/06_batches.ipynb #dee4b721
 def latent_batches(
-    latents, # (n,1,...), or (n,2,...), the second of the mirrored photograph; of NumPy, or a tensor on the device
+    latents, # (n,1,...), or (n,2,...) with the mirrored photograph second: NumPy, or a tensor on the device
     indices:np.ndarray, # (n,): row i is of photo indices[i]
     batch_size:int,
     seed:int, # of the order and the mirrors
     start_step:int=0, # batches to skip, at no cost
     device='cpu',
-    share:tuple=(0, 1), # (process, processes): which share of each batch
+    share:tuple=(0, 1), # (process, processes): which rows of each batch
     workers:int=1, # threads that cut batches ahead
 ): # endless iterator of batches: index (B,) long, latents (B,...)
-    "Endless random batches of what was prepared, in the order of `training_batches` with the same seed."
-    if workers < 1: raise ValueError(f'workers is {workers}; expected at least 1')
+    "Yield endless random batches of what was prepared, in the order of `training_batches` with the same seed."
+    _check_workers(workers)
     indices = np.asarray(indices, dtype=np.int64)
-    if len(indices) != len(latents): raise ValueError(f'expected an index for each of the {len(latents)} rows of latents, found {len(indices)}')
-    there = isinstance(latents, torch.Tensor)
+    if len(indices) != len(latents):
+        raise ValueError(f'expected an index for each of the {len(latents)} rows of latents, found {len(indices)}')
+    on_device = isinstance(latents, torch.Tensor)
     def cut(draw):
         places = _places(draw, share)[:, ::3]*(1, latents.shape[1] == 2) # photograph, mirrored
-        return places if there else latents[tuple(places.T)], indices[places[:, 0]]
-    def make(index, rows): return dict(index=index, latents=latents[tuple(rows.T)] if there else rows)
+        return places if on_device else latents[tuple(places.T)], indices[places[:, 0]]
+    def make(index, rows):
+        return dict(index=index, latents=latents[tuple(rows.T)] if on_device else rows)
     return _batches(cut, _epoch_draws(len(latents), batch_size, seed, start_step), make, device, workers)
 
 # %% ../nbs/06_batches.ipynb #1468d205
@@ -193,9 +229,11 @@ def ordered_batches(
     batch_size:int,
     gray_kind:str='lab', # one of GRAY_KINDS
     device='cpu',
-    limit:int=None, # photographs; None for all of the split
+    limit:int=None, # photographs; None for the whole split
 ): # iterator of batches: index (B,) long, gray (B,1,side,side) and rgb (B,3,side,side) float32 in [0,1]
-    "A split of the photographs once, in order."
+    "Yield a split of the photographs once, in order."
     rows = photos.splits[split][:limit]
-    cut = lambda start: (photos.array[rows[start:start+batch_size]].transpose(0, 3, 1, 2).copy(), rows[start:start+batch_size])
+    def cut(start):
+        some = rows[start:start+batch_size]
+        return photos.array[some].transpose(0, 3, 1, 2).copy(), some
     return _batches(cut, range(0, len(rows), batch_size), partial(Batch, gray_kind=gray_kind), device)
