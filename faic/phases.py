@@ -8,7 +8,7 @@ __all__ = ['Phase', 'Workplace', 'open_workplace', 'loop_arguments', 'discrimina
            'train_winner', 'score_pretrained', 'compare_days', 'launch_processes', 'first_error']
 
 # %% ../nbs/47_phases.ipynb #80afdffb
-import ctypes, os, re, signal, subprocess, sys, tempfile, time
+import os, re, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .components import baseline_run, prepare_components, study_photos
 from .core import ProgressBar, device_name, file_lock, pick_device, read_json, runs_dir, set_deterministic
 from .days import run_baselines, run_days, run_pretrained, study_run
-from .distributed import init_distributed
+from .distributed import init_distributed, signal_at_parents_death
 from .metrics import efficientnet_lite0
 from .parameters import notebook_parameters, resolve_sampling
 from .photos import Photos, describe
@@ -275,7 +275,7 @@ def launch_processes(
         if group.returncode: raise RuntimeError(f'{processes} processes stopped: {first_error(output.read())}')
 
 def _die_with_parent():
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM) # see faic.train
+    signal_at_parents_death(signal.SIGTERM)
 
 def first_error(output:str)->str:
     "What the first of several processes that stopped said; the others only say that it is gone."

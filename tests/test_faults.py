@@ -98,7 +98,7 @@ def test_a_full_disk_costs_checkpoints_but_no_day(tmp_path, monkeypatch, whole, 
         t = trainer(disk, monkeypatch, Wide(at=60, do=lambda: filled.append(fill(disk))))
         with pytest.raises(
             TrainingStopped,
-            match="No space left on device .* MB are free.*the same command then goes on from last.pt, step 50",
+            match="No space left on device .* MB are free.*the same command then continues from last.pt, step 50",
         ):
             train(t)
         assert "no checkpoint, No space left on device" in capsys.readouterr().out and t.step == 100
@@ -120,7 +120,7 @@ def test_a_folder_that_became_read_only_keeps_its_days(tmp_path, monkeypatch, wh
         train_day(t, 1)
         from faic.resume import _LOCKS
 
-        _LOCKS.pop(t.run.path.resolve() / "lock").close()
+        _LOCKS.pop(t.run.path.resolve() / "lock").release()
         remount("ro")
         with pytest.raises(
             TrainingStopped,
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, mon
         "gone": t.checkpoint.unlink,
     }[damage]()
     again = trainer(tmp_path / "runs", monkeypatch)
-    assert again.step == 50 and "damaged or missing: going on from previous.pt, step 50" in capsys.readouterr().out
+    assert again.step == 50 and "damaged or missing: continuing from previous.pt, step 50" in capsys.readouterr().out
     assert same(train(again), whole)
 
 
