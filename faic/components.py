@@ -102,7 +102,7 @@ def make_trainer(
     array, rows = resized_for_crops(photos, o['train']['load_side'], TRAINING_SPLIT[phase]), photos.splits[TRAINING_SPLIT[phase]]
     options, trainee = o['train'] | dict(crop=o['train']['side'], seed=o['seed']), make_trainee(o['model'], o['train'], o['seed'], components)
     prepared = None if (run.path/f'day-{days}.safetensors').exists() else cached_latents(trainee, run, photos, phase, device)
-    return Trainer(trainee, run, array, rows, Budget.parse(o['budget']), options, days, device, continues=continues, prepared=prepared, **loop_options)
+    return Trainer(trainee, run, array, rows, Budget.parse(o['budget']), options, days, device, continues=continues, prepared=prepared, **loop_options).resume()
 
 # %% ../nbs/44_components.ipynb #8fe3290f
 def cached_latents(

@@ -48,9 +48,8 @@ def trainer(folder, monkeypatch, trainee=None, **more):
     """Two days of 50 steps, with a checkpoint at every look."""
     monkeypatch.setenv("FAIC_RUNS", str(folder))
     run = open_run(dict(phase="test", model="wide", preset="none", seed=0), pick_device("cpu"))
-    return Trainer(
-        trainee or Wide(), run, PHOTOGRAPHS, np.arange(8), Budget(100, "steps"), OPTIONS, 2, save_minutes=0, **more
-    )
+    trainee, budget = trainee or Wide(), Budget(100, "steps")
+    return Trainer(trainee, run, PHOTOGRAPHS, np.arange(8), budget, OPTIONS, 2, save_minutes=0, **more).resume()
 
 
 def train(trainer):

@@ -39,16 +39,8 @@ def trainer(folder, name, steps, **changes):
     latents = np.random.default_rng(1).standard_normal((PHOTOGRAPHS, 2, 6, 8, 8)).astype(np.float16)
     (folder / name).mkdir(parents=True, exist_ok=True)
     run, budget = Run(folder / name, dict(model=name)), Budget(steps, "steps")
-    return Trainer(
-        make(),
-        run,
-        pixels,
-        np.arange(PHOTOGRAPHS),
-        budget,
-        TINY | options | changes,
-        2,
-        prepared=latents if name == "bbdm" else None,
-    )
+    options, latents = TINY | options | changes, latents if name == "bbdm" else None
+    return Trainer(make(), run, pixels, np.arange(PHOTOGRAPHS), budget, options, 2, prepared=latents).resume()
 
 
 def weights(trainer):
