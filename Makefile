@@ -10,7 +10,7 @@ STUDY ?=
 .PHONY: study test readme
 
 study: .venv/ready
-	@$(PY) -m faic.study $(STUDY)
+	@$(PY) -m faic study $(STUDY)
 
 test: .venv/ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --timeout 1200

@@ -21,5 +21,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster", "watch")},
-    entry_points={"nbdev": [f"faic={settings['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": ["faic=faic.cli:main"],
+        "nbdev": [f"faic={settings['lib_path']}._modidx:d"],
+    },
 )

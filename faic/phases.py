@@ -243,41 +243,57 @@ def compare_days(
 
 # %% ../nbs/47_phases.ipynb #d7622468
 def _mirrored(file): # (fraction of the notebook that is done, the innermost bar)
-    try: bars = read_json(file)
-    except (FileNotFoundError, ValueError): return 0., None
-    bars = [b for _, b in sorted(bars.items()) if b['total']]
-    first = next((i for i, b in enumerate(bars) if b['unit'] == 'task'), len(bars)) # the notebook's own bar counts its parts
+    try:
+        bars = read_json(file)
+    except (FileNotFoundError, ValueError):
+        return 0., None
+    bars = [bar for _, bar in sorted(bars.items()) if bar['total']]
+    tasks = [i for i, bar in enumerate(bars) if bar['unit'] == 'task'] # the notebook's own bar counts its tasks
     fraction = 0.
-    for b in reversed(bars[first:]): fraction = min(1., (b['n'] + fraction)/b['total'])
+    for bar in reversed(bars[tasks[0]:] if tasks else []):
+        fraction = min(1., (bar['n'] + fraction)/bar['total'])
     return fraction, bars[-1] if bars else None
 
 # %% ../nbs/47_phases.ipynb #eb6c94ef
 def launch_processes(
     processes:int, # of this machine
-    name:str, # of the notebook, e.g. 'phase2'
-    parameters:dict, # its own
+    name:str, # 'phase1' or 'phase2'
+    parameters:dict, # of its function
 ):
-    "Run a notebook's training in several processes and wait; nothing to do for one, or in one of them."
-    if processes == 1 or int(os.environ.get('WORLD_SIZE', 1)) > 1: return
+    "Run a phase in several processes and wait; nothing to do for one process, or in one of several."
+    if processes == 1 or int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        return
     words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'faic.study', 'notebook', name, *words]
-    with tempfile.TemporaryDirectory() as d, ProgressBar(total=1, desc=f'{processes} processes', leave=False) as bar, open(f'{d}/said', 'w+') as output:
-        mirror = Path(d)/'bars.json'
-        environment = os.environ | dict(FAIC_PROGRESS=str(mirror), OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count()//processes))))
-        with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent) as group:
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
+               '-m', 'faic', 'run', name, '--function', *words]
+    threads = os.environ.get('OMP_NUM_THREADS', str(max(1, os.cpu_count()//processes)))
+    with tempfile.TemporaryDirectory() as folder, open(f'{folder}/output', 'w+') as output:
+        mirror = Path(folder)/'bars.json'
+        environment = os.environ | dict(FAIC_PROGRESS=str(mirror), OMP_NUM_THREADS=threads)
+        group = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        with group:
             try:
-                while group.poll() is None:
-                    if inner := _mirrored(mirror)[1]: bar.desc, bar.total, bar.n, bar.unit = f"{processes} processes, {inner['desc']}: ", inner['total'], inner['n'], inner['unit']
-                    tqdm.refresh(bar)
-                    time.sleep(.5)
-            finally: group.terminate() # where it has not ended: they save and end
+                _draw_until_done(group, mirror, processes)
+            finally:
+                group.terminate() # if it has not ended: its processes save and end
         output.seek(0)
-        if group.returncode: raise RuntimeError(f'{processes} processes stopped: {first_error(output.read())}')
+        if group.returncode:
+            raise RuntimeError(f'{processes} processes stopped: {first_error(output.read())}')
+
+def _draw_until_done(group, mirror, processes): # the innermost bar of the first process
+    with ProgressBar(total=1, desc=f'{processes} processes', leave=False) as bar:
+        while group.poll() is None:
+            _, inner = _mirrored(mirror)
+            if inner:
+                bar.desc = f"{processes} processes, {inner['desc']}: "
+                bar.total, bar.n, bar.unit = inner['total'], inner['n'], inner['unit']
+            tqdm.refresh(bar)
+            time.sleep(.5)
 
 def _die_with_parent():
     signal_at_parents_death(signal.SIGTERM)
 
 def first_error(output:str)->str:
-    "What the first of several processes that stopped said; the others only say that it is gone."
-    reasons = re.findall(r' stopped:\n(.*?)\nThe whole notebook', output, re.S)
+    "The reason of the first of several processes that stopped; the others only report that it is gone."
+    reasons = re.findall(r' stopped:\n(.*?)\nThe whole function', output, re.S)
     return next((r for r in reasons if 'Connection' not in r), output.strip()[-2000:])
