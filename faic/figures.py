@@ -6,6 +6,8 @@
 __all__ = ['UPSAMPLERS', 'day_curves', 'figure7', 'not_run_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure_steps']
 
 # %% ../nbs/54_figures.ipynb #d1a3d438
+import textwrap
+
 import pandas as pd
 
 from .drawing import COLORS, INCHES, add_footer, sample_grid, style
@@ -126,8 +128,9 @@ def _band_notes(selection, models, network_name):
 def not_run_figure(title:str, footer=()):# -> matplotlib Figure
     "Draw a figure that says that there is nothing to show."
     import matplotlib.pyplot as plt
+    lines = sum(len(textwrap.wrap(sentence, int(INCHES*24))) for sentence in footer)
     with style():
-        fig, ax = plt.subplots(figsize=(INCHES, 1), layout='constrained')
+        fig, ax = plt.subplots(figsize=(INCHES, max(1, .4 + .1*lines)), layout='constrained')
         ax.text(.5, .5, f'{title}: not run', ha='center', va='center', fontsize=9, color='.4')
         ax.set_axis_off()
         add_footer(fig, *footer)
