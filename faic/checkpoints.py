@@ -17,7 +17,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # %% ../nbs/11_checkpoints.ipynb #4e6ccdb8
 FRAMEWORKS = ('pytorch_lightning', 'lightning', 'lightning_fabric', 'omegaconf', 'numpy', 'argparse', 'typing')
-CONTAINERS = ('collections.defaultdict', *(f'builtins.{t}' for t in ('dict', 'list', 'tuple', 'int', 'float', 'str', 'bool')))
+CONTAINERS = ('collections.defaultdict', 'builtins.dict', 'builtins.list', 'builtins.tuple',
+              'builtins.int', 'builtins.float', 'builtins.str', 'builtins.bool')
 
 class UnpickledPlaceholder:
     "An object that takes the place of a framework's; it ignores its arguments and its state."
@@ -31,7 +32,7 @@ class _DictPlaceholder:
 def _placeholder(name): # of a class that a file names, 'omegaconf.dictconfig.DictConfig'
     return _DictPlaceholder if name.lower().endswith('dict') else UnpickledPlaceholder
 
-# %% ../nbs/11_checkpoints.ipynb #45d5ad00
+# %% ../nbs/11_checkpoints.ipynb #521e6580
 @contextmanager
 def _explain_damage(path):
     "Turn whatever a reader raises into a ValueError that names the file."
@@ -52,8 +53,8 @@ def safe_load(
         names = get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else [] # torch < 1.6 wrote no zip
     foreign = sorted(n for n in names if n.split('.')[0] not in FRAMEWORKS and n not in CONTAINERS)
     if foreign:
-        raise ValueError(f'{path} wants to call {", ".join(foreign)}, which no checkpoint needs; nothing in it was run. '
-                         'Get the file from its authors again')
+        raise ValueError(f'{path} wants to call {", ".join(foreign)}, which no checkpoint needs; nothing in it '
+                         'was run. Get the file from its authors again')
     with _explain_damage(path), safe_globals([(_placeholder(n), n) for n in names]):
         content = torch.load(path, map_location='cpu', weights_only=True)
     if not isinstance(content, dict):

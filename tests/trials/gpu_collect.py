@@ -17,7 +17,7 @@ from faic.components import PHASE_DAYS
 from faic.core import Budget, repo_root, runs_dir, short_hash, write_bytes
 from faic.presets import MODELS
 from faic.selection import select_runs
-from faic.study import results_folder
+from faic.results import results_folder
 
 STAGES = ("check", "speed", "train")
 
