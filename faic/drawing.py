@@ -76,10 +76,13 @@ def sample_grid(
                     _show_image(ax, images[i])
                 else:
                     _show_words(ax, images or 'not run', height, width)
-        if title: fig.suptitle(textwrap.fill(title, int(fig.get_figwidth()*13)), fontsize=9)
-        if footer: add_footer(fig, *footer)
+        if title:
+            fig.suptitle(textwrap.fill(title, int(fig.get_figwidth()*13)), fontsize=9)
+        if footer:
+            add_footer(fig, *footer)
     return fig
 
+# %% ../nbs/09_drawing.ipynb #2978be81
 def _show_words(ax, words, height, width): # on a light gray image of this size
     _show_image(ax, np.full((height, width, 3), 242, np.uint8))
     ax.text(.5, .5, words, ha='center', va='center', transform=ax.transAxes, color='.5', fontsize=7)
@@ -146,7 +149,8 @@ def picture(
     drawn = ax.imshow(image, extent=inside, aspect='auto', interpolation='nearest', zorder=frame.get_zorder())
     drawn.set_clip_path(frame)
     frame.set(facecolor='none', zorder=2)
-    if text: ax.text(x + side/2, y - .06, text, ha='center', va='top', fontsize=6.5, linespacing=1.15)
+    if text:
+        ax.text(x + side/2, y - .06, text, ha='center', va='top', fontsize=6.5, linespacing=1.15)
     return frame
 
 # %% ../nbs/09_drawing.ipynb #d4672239
@@ -172,6 +176,7 @@ def arrow(
         middle = len(points)//2
         _leg_text(ax, points[middle - 1], points[middle], text)
 
+# %% ../nbs/09_drawing.ipynb #61dcfbbf
 def _leg_text(ax, start, end, text): # above a horizontal leg, on a vertical one
     (x, y), (u, v) = start, end
     place = dict(y=y + .025, va='bottom')
@@ -217,7 +222,8 @@ def box_column(
     for (text, right, color), height in zip(rows, heights):
         boxes.append(box(ax, x + .07, y - height, width - .3, height, text, right, color=color))
         y -= height + .07
-    for above, below in zip(boxes, boxes[1:]): arrow(ax, above, below, 'bottom')
+    for above, below in zip(boxes, boxes[1:]):
+        arrow(ax, above, below, 'bottom')
     _bracket(ax, x + width - .17, boxes[1].get_bbox().y1, boxes[-2].get_bbox().y0, rf'$\times${times}')
     return frame
 

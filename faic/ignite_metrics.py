@@ -78,20 +78,15 @@ class FID(Metric):
         if real is not None and self._kept is not None:
             raise ValueError('this FID has kept statistics of the real images; update with (fake, None)')
         if fake is not None:
-            fake = self._checked(fake)
+            fake = _checked_features(fake, self._num_features).to(self._device)
             self._fake_count += len(fake)
             self._fake_sum.add_(fake.sum(0))
             self._fake_products.addmm_(fake.T, fake)
         if real is not None:
-            real = self._checked(real)
+            real = _checked_features(real, self._num_features).to(self._device)
             self._real_count += len(real)
             self._real_sum.add_(real.sum(0))
             self._real_products.addmm_(real.T, real)
-
-    def _checked(self, features): # (n,D) float64, where the sums are kept
-        if features.ndim != 2 or features.shape[1] != self._num_features:
-            raise ValueError(f'expected features of shape (n, {self._num_features}); found {tuple(features.shape)}')
-        return _check_features(features, least=0).to(self._device)
 
     @sync_all_reduce(*_sides)
     def compute(self)->float:
@@ -99,10 +94,17 @@ class FID(Metric):
         real = self._kept or _stats_from_sums('real', self._real_count, self._real_sum, self._real_products)
         return frechet_distance(fake, real)
 
+# %% ../nbs/16_ignite_metrics.ipynb #9f17143d
 def _stats_from_sums(side, n, total, products): # -> FeatureStats
     if n < 2:
         raise NotComputableError(f'FID needs at least 2 images on each side; found {n} of the {side} ones')
     return FeatureStats(n, total/n, (products - torch.outer(total, total)/n)/(n - 1))
+
+# %% ../nbs/16_ignite_metrics.ipynb #275b438c
+def _checked_features(features, d): # -> (n,d) float64
+    if features.ndim != 2 or features.shape[1] != d:
+        raise ValueError(f'expected features of shape (n, {d}); found {tuple(features.shape)}')
+    return _check_features(features, least=0)
 
 # %% ../nbs/16_ignite_metrics.ipynb #82662361
 def _all_rows(batches, width, device): # the rows of all updates of all processes, (n,width) float64
@@ -126,7 +128,8 @@ class KID(Metric):
         super().__init__(output_transform=output_transform, device=device)
 
     @reinit__is_reduced
-    def reset(self): self._fake, self._real = [], []
+    def reset(self):
+        self._fake, self._real = [], []
 
     @reinit__is_reduced
     def update(self, output):
@@ -134,7 +137,8 @@ class KID(Metric):
         if self._paired and (fake is None or real is None or len(fake) != len(real)):
             raise ValueError('a paired KID needs as many fake as real features in each update')
         for kept, features in ((self._fake, fake), (self._real, real)):
-            if features is None: continue
+            if features is None:
+                continue
             if features.shape[1:] != (self._num_features,):
                 raise ValueError(f'expected features of shape (n, {self._num_features}); found {tuple(features.shape)}')
             kept.append(features.detach().double().to(self._device))
@@ -159,7 +163,8 @@ class InceptionScore(Metric):
         super().__init__(output_transform=output_transform, device=device)
 
     @reinit__is_reduced
-    def reset(self): self._probabilities = []
+    def reset(self):
+        self._probabilities = []
 
     @reinit__is_reduced
     def update(self, output):

@@ -69,6 +69,7 @@ def fid_interval(
     width = stdtrit(groups - 1, .975)*((groups - 1)*replicates.var())**.5
     return value, value - width, value + width
 
+# %% ../nbs/08_intervals.ipynb #e62fe934
 def _fid_replicates(x, y, groups_x, groups_y): # FIDs, each without one group on either side
     left = min(len(x), len(y))*(1 - 1/len(groups_x))
     if left - 1 > x.shape[1]: # more images than dimensions
@@ -123,6 +124,7 @@ def summarize(
             row[column_name(name, network_name, end)] = float(value)
     return row | {column_name('IS spread', network_name): spread, 'IS splits': splits}
 
+# %% ../nbs/08_intervals.ipynb #8f31b2db
 def _count_images(per_image, fake, real): # the number of images; all that is there must agree
     counts = {len(values) for values in (per_image or {}).values()}
     counts |= {len(features) for features, _ in filter(None, (fake, real))}
@@ -150,7 +152,8 @@ def aggregate_seeds(
     _check_one_sampling(rows)
     row = {}
     for c in rows.drop(columns='seed', errors='ignore'):
-        if _is_interval_end(c): continue # of one run, over its images
+        if _is_interval_end(c):
+            continue # of one run, over its images
         values = rows[c]
         if _is_metric(c):
             row |= zip((c, f'{c} sd', f'{c} low', f'{c} high'), t_interval(values))

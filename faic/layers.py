@@ -26,7 +26,8 @@ def timestep_embedding(
 # %% ../nbs/10_layers.ipynb #5cc5954a
 def zero_init(module:nn.Module)->nn.Module: # the same module
     "Set all weights of a layer to zero."
-    for p in module.parameters(): nn.init.zeros_(p)
+    for p in module.parameters():
+        nn.init.zeros_(p)
     return module
 
 def resample2x(
@@ -34,8 +35,10 @@ def resample2x(
     change:str='', # 'down' halves the side, 'up' doubles it, '' leaves it
 )->Tensor:
     "Average 2x2 pixels, repeat every pixel 2x2 times, or return `x`."
-    if change == 'down': return F.avg_pool2d(x, 2)
-    if change == 'up': return F.interpolate(x, scale_factor=2., mode='nearest')
+    if change == 'down':
+        return F.avg_pool2d(x, 2)
+    if change == 'up':
+        return F.interpolate(x, scale_factor=2., mode='nearest')
     return x
 
 # %% ../nbs/10_layers.ipynb #a417de66
@@ -152,7 +155,8 @@ class UNet(nn.Module):
             attention = [attend(out)] if 2**level in attention_factors else []
             return [block(channels, out), *attention]
         def resample(channels, change):
-            if resblock_updown: return block(channels, channels, change)
+            if resblock_updown:
+                return block(channels, channels, change)
             return Down(channels) if change == 'down' else Up(channels)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))

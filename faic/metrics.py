@@ -186,7 +186,8 @@ def fuse_batchnorm(
     "The network without its head; its batch norms and equal margins become part of its convolutions."
     for block in net._blocks:
         for conv, norm in (('_expand_conv', '_bn0'), ('_depthwise_conv', '_bn1'), ('_project_conv', '_bn2')):
-            if hasattr(block, conv): _fuse(block, conv, norm)
+            if hasattr(block, conv):
+                _fuse(block, conv, norm)
         block._swish = nn.ReLU6(inplace=True)
     _fuse(net, '_conv_stem', '_bn0')
     _fuse(net, '_conv_head', '_bn1')
@@ -240,6 +241,7 @@ def inception_v3(
     body = nn.Sequential(*(layer for name, layer in net.named_children() if name not in left_out))
     return FeatureNetwork(body, net.fc, 'Inception-v3, torchvision', side=299, center=.5, spread=.5, device=device)
 
+# %% ../nbs/07_metrics.ipynb #4c544f1e
 def _inception_weights(file): # a state dict; '' downloads it
     if file:
         return torch.load(file, map_location='cpu', weights_only=True)
@@ -295,6 +297,7 @@ def _trace_of_root(a, b): # of the product of two covariances
     product = torch.linalg.eigvalsh(root.T @ b @ root)
     return product[_above_noise(product)].sqrt().sum()
 
+# %% ../nbs/07_metrics.ipynb #d51651d7
 def frechet_distance(
     a:FeatureStats, # e.g. of the colorized images
     b:FeatureStats, # e.g. of the photographs; its count may differ
@@ -413,6 +416,8 @@ def column_name(
 )->str: # e.g. 'FID (EfficientNet-Lite0) low'
     "The name of a metric's column in metrics.csv."
     words = [name]
-    if METRICS[name.removesuffix(' spread')].network: words.append(f'({network_name})')
-    if end: words.append(end)
+    if METRICS[name.removesuffix(' spread')].network:
+        words.append(f'({network_name})')
+    if end:
+        words.append(end)
     return ' '.join(words)
