@@ -150,12 +150,7 @@ def _append(root, todo, folder, side, rows):
             rows += [row for _, row in results]
 
 # %% ../nbs/05_dataset.ipynb #a88c3a8e
-def _prepare(
-    root:Path, # the folder of photographs
-    stats:dict, # of its files, see scan_folder
-    folder:Path, # that gets the array
-    side:int, # px
-):
+def _prepare(root, stats, folder, side): # stats: from scan_folder; folder: gets the array
     "Decode all files into folder/pixels.u8 and describe them in folder/manifest.csv; continue a killed attempt."
     pixels, row_bytes = folder/'pixels.u8', 3*side**2
     finished = pixels.stat().st_size if pixels.exists() else 0
@@ -197,6 +192,7 @@ def _verify_or_repair(folder, used, root, side): # root: folder of the photograp
             count = _repair(path, sums, list(used['file']), root, side)
         print(f'{folder.name}/{path.name} is repaired; photographs that were decoded again: {count}')
 
+# %% ../nbs/05_dataset.ipynb #da16795d
 def _repair(path, sums, files, root, side): # number of rows that were written
     row_bytes = 3*side**2
     path.touch()
@@ -271,12 +267,12 @@ def _compare_files(root, stats, folder, manifest, side): # the manifest with the
     touched = np.flatnonzero(manifest['modified'] != times).tolist()
     if not touched:
         return manifest
-    def read(i): return read_photo(root/files[i], side, files[i])[1]
-    found = pd.DataFrame(itertools.chain.from_iterable(_in_chunks(read, touched, 0, f'comparing {root.name}')))
-    columns = ['status', 'sha256']
-    differs = (found[columns].to_numpy() != manifest.loc[touched, columns].to_numpy()).any(1)
-    if differs.any():
-        raise _changed(root, folder, f'changed, with the same size: {_name_files(list(found.loc[differs, "file"]))}')
+    def pixel_hash(i): return read_photo(root/files[i], side, files[i])[1]['sha256']
+    hashes = itertools.chain.from_iterable(_in_chunks(pixel_hash, touched, 0, f'comparing {root.name}'))
+    then, names = manifest.loc[touched, 'sha256'], [files[i] for i in touched]
+    what = diff_files(dict(zip(names, then)), dict(zip(names, hashes)))
+    if what:
+        raise _changed(root, folder, what)
     manifest = manifest.assign(size=sizes, modified=times)
     with suppress(OSError): # a manifest that cannot be written is compared again next time
         _write_manifest(folder, manifest)
