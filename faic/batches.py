@@ -184,6 +184,7 @@ def training_batches(
         return Batch(index, crops_of(array, rows, crop) if on_device else rows, gray_kind)
     return _batches(cut, _epoch_draws(n, batch_size, seed, start_step, room), make, device, workers)
 
+# %% ../nbs/06_batches.ipynb #aaa17f50
 def _check_training(array, indices, crop, gray_kind, workers):
     n, side = array.shape[:2]
     if len(indices) != n:

@@ -249,10 +249,7 @@ def remove_later(trainer):
         partial.unlink()
 
 # %% ../nbs/31_resume.ipynb #935719a4
-def continue_from(
-    trainer, # at its step 0
-    path:Path, # last.pt of the run that it continues
-): # TrainingStopped where the file is missing or of other networks
+def continue_from(trainer, path:Path): # path: last.pt of the run that it continues
     "Start with the weights, optimizers and averages of another run's end, and draw random numbers after its own."
     path = Path(path)
     if not path.exists():
@@ -280,6 +277,7 @@ def free_space(trainer)->str:
     "Say how much space the disk of a run has."
     return f'{shutil.disk_usage(trainer.run.path).free/1e6:,.1f} MB are free'
 
+# %% ../nbs/31_resume.ipynb #022c1981
 def try_to_save(trainer)->bool: # was it saved?
     "Save a checkpoint; where the disk does not take it, print that and keep the older ones."
     trainer.saved_at = trainer.seconds

@@ -134,6 +134,7 @@ def open_run(
                          'What differs:\n  ' + '\n  '.join(differing))
     return Run(path, stored)
 
+# %% ../nbs/02_runs.ipynb #af3c662c
 def read_runs(
     **wanted, # options that must have this value, e.g. phase='phase1', model='pix2pix'
 )->list: # of Run, sorted by name
