@@ -80,13 +80,13 @@ def retry_on_oom(colorize, pictures:Tensor, generators:list)->Tensor: # (B,3,H,W
     half = len(pictures)//2
     return torch.cat([retry_on_oom(colorize, pictures[:half], generators[:half]), retry_on_oom(colorize, pictures[half:], generators[half:])])
 
-def _colorize_split(colorize, photos, split, feature_net, gray_kind, scored, seed, device, batch_size, input_key): # this process's share: scores and features by version and batch; samples
+def _colorize_split(colorize, photos, split, feature_net, gray_kind, scored, seed, device, batch_size, input_key, noise_device): # this process's share: scores and features by version and batch; samples
     found = dict(scores={v: [] for v in scored}, seen={v: [] for v in scored}, samples=[])
     share = np.array_split(np.arange(len(photos.splits[split])), idist.get_world_size())[idist.get_rank()]
     wanted = set(photos.splits[split][sample_rows(len(photos.splits[split]))].tolist())
     batches = ordered_batches(replace(photos, splits={split: photos.splits[split][share]}), split, batch_size, gray_kind, device)
     for batch in ProgressBar(batches, desc=f'evaluating {split}', total=-(-len(share)//batch_size), leave=False):
-        rgb = retry_on_oom(colorize, batch[input_key], [make_generator(seed, 'evaluate', int(i)) for i in batch['index']])
+        rgb = retry_on_oom(colorize, batch[input_key], [make_generator(seed, 'evaluate', int(i), device=noise_device) for i in batch['index']])
         for v in scored:
             pixels = to_uint8(rgb if v == scored[0] else transfer_lightness(batch['rgb'], rgb))
             fake = pixels.float()/255
@@ -114,17 +114,19 @@ def evaluate(
     device=torch.device('cpu'),
     batch_size:int=50,
     input_key:str='gray', # which picture of a batch the function takes; 'rgb' for reconstructions
+    noise_device='cpu', # that each image's random numbers are drawn on; another device draws other numbers
+    summarize=summarize, # function that makes a row, or what becomes one, of scores and features
 )->tuple: # (lightness -> row for metrics.csv, samples (8,H,W,3) uint8)
     "Colorize a split and score it: PSNR, SSIM, chroma error, colorfulness, FID paired and unpaired, KID, IS, with intervals."
     scored, began = lightness_modes(copies_lightness), time.monotonic()
-    shares = all_gather_object(_colorize_split(colorize, photos, split, feature_net, gray_kind, scored, seed, device, batch_size, input_key))
+    shares = all_gather_object(_colorize_split(colorize, photos, split, feature_net, gray_kind, scored, seed, device, batch_size, input_key, noise_device))
     scores, seen = ({v: [batch for share in shares for batch in share[k][v]] for v in scored} for k in ('scores', 'seen'))
     real, other = (features_of(photos, p, feature_net, device) for p in (split, REFERENCE_SPLIT[split]))
-    rows = {v: dict(split=split, **_summary(scores[v], seen[v], real, other, feature_net.network_name, seed)) for v in scored}
+    rows = {v: dict(split=split, **_summary(scores[v], seen[v], real, other, feature_net.network_name, seed, summarize)) for v in scored}
     seconds = round(time.monotonic() - began, 2) # of the one pass that gave all rows
     return {v: row | dict(evaluation_seconds=seconds) for v, row in rows.items()}, np.stack([s for share in shares for s in share['samples']])
 
-def _summary(scores, seen, real, other, network_name, seed): # of batches
+def _summary(scores, seen, real, other, network_name, seed, summarize): # of batches
     per_image = {n: np.concatenate([np.asarray(s[n]) for s in scores]) for n in scores[0]}
     return summarize(per_image, tuple(torch.cat(x) for x in zip(*seen)), real, other, network_name, seed)
 

@@ -98,6 +98,8 @@ def defer_signals(): # a list, empty until a signal comes
 def save_checkpoint(trainer):
     "Write everything that the run needs to resume; OSError where that fails, and the older checkpoints stay."
     t = trainer
+    if trainer.save_minutes == math.inf:
+        return # no checkpoints, see Trainer
     for n in t.plateaus:
         settle(t, n)
     gradients = {n: [p.grad for p in ps] for n, ps in t.parameters.items()} if accumulated(t) else {}

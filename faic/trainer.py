@@ -36,7 +36,7 @@ class Trainer(TrainingState):
         options:dict, # batch_size, optimizer, lr, ..., crop, flip, seed; see also TrainingState
         days:int=1, # networks of equal budget
         device=torch.device('cpu'),
-        save_minutes:float=5, # between checkpoints; the end of a day has one, too
+        save_minutes:float=5, # between checkpoints, besides the one at the end of a day; inf: no checkpoints at all
         check_every:int=CHECK_EVERY, # steps between two looks at the losses
         continues:Path=None, # last.pt of a finished run of the same networks; unused once this run has a checkpoint
         prepared=None, # (N,1 or 2,...), what the trainee derived from the photographs; see latent_batches

@@ -7,7 +7,8 @@ import sys
 
 import nbformat
 import pytest
-from phases import NBS, TINY, Judge
+from feature_nets import QuarterColors
+from phases import NBS, TINY
 
 import faic.phases
 from faic.parameters import ParameterError, own_parameters
@@ -21,7 +22,7 @@ JUPYTER = ("papermill", "nbdev", "IPython", "ipykernel", "nbclient", "nbformat",
 def quick(tmp_path, monkeypatch):
     """Runs of one's own, and a feature network that costs nothing."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: Judge())
+    monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: QuarterColors())
 
 
 def parameters(notebook):
@@ -91,8 +92,8 @@ for name in {JUPYTER}:
     sys.modules[name] = None
 sys.path.insert(0, {str(NBS.parent / "tests")!r})
 import faic.phases
-from phases import Judge
-faic.phases.efficientnet_lite0 = lambda device: Judge()
+from feature_nets import QuarterColors
+faic.phases.efficientnet_lite0 = lambda device: QuarterColors()
 print(faic.phases.run_phase1("pix2pix", data={str(photographs)!r}, variants="default", budget="1 steps", device="cpu").messages)
 """
     done = subprocess.run(

@@ -127,23 +127,23 @@ def folder(tmp_path):
 
 
 def test_packed_photographs_are_split_as_their_folder_is(folder, tmp_path, monkeypatch):
-    """Together or each alone, chunks keep every photograph in its part; JPEGs arrive as they were, gray ones do not."""
+    """Together or alone, chunks keep every photograph in its split; JPEGs arrive unchanged, gray ones are left out."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     found = gpu_photos.pack(folder, tmp_path / "packed", 32, dict(train=90, validation=5, test=5), [18_000, 40 * 2**20])
     assert len(found["chunks"]) == 2 and sum(c["train"] for c in found["chunks"]) == 90 and found["gray"] == 2
     whole = load_photos(str(folder), 32)
     used = whole.manifest[whole.manifest["row"] >= 0].set_index("row")
-    parts = {p: set(used.loc[whole.splits[p], "file"]) for p in gpu_photos.PARTS}
+    splits = {s: set(used.loc[whole.splits[s], "file"]) for s in gpu_photos.SPLITS}
     gray = set(used.loc[used["gray"], "file"])
     chunks = sorted((tmp_path / "packed").glob("photos-*.npz"))
     with ProcessPoolExecutor(1) as pool:
         for k, some in enumerate((chunks, chunks[:1], chunks[1:])):
             _, photos, about = gpu_photos.unpack(some, tmp_path / f"machine-{k}", pool)
             arrived = photos.manifest.set_index("row")
-            for part in gpu_photos.PARTS:
-                files = set(arrived.loc[photos.splits[part], "file"])
-                assert len(files) == sum(c[part] for c in found["chunks"] if c["file"] in [f.name for f in some])
-                assert files <= parts[part] - gray
+            for split in gpu_photos.SPLITS:
+                files = set(arrived.loc[photos.splits[split], "file"])
+                assert len(files) == sum(c[split] for c in found["chunks"] if c["file"] in [f.name for f in some])
+                assert files <= splits[split] - gray
             assert photos.name == folder.name and about["whole"]["fingerprint"] == whole.fingerprint
     same = [f for f in arrived["file"] if Image.open(folder / f).size == (32, 32)]
     assert len(same) > 20

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from gpu_models import (
     machine,
     peak_gb,
     precision,
-    shrink,
+    stage_device,
     steps,
     synchronize,
     trainer_of,
@@ -31,12 +32,11 @@ from gpu_stage import Item, Lane, keep, sentence
 from safetensors.torch import load_file
 from throughput import photographs
 
-import faic.trainer
 from faic.benchmark import matrix_rate
 from faic.color import to_uint8
 from faic.coltran import Colorizer, init_weights
 from faic.coltran_sampler import make_cached_sampler, sample_naive
-from faic.core import Budget, make_generator, pick_device, set_deterministic
+from faic.core import Budget, make_generator, set_deterministic
 from faic.metrics import efficientnet_lite0, fid
 from faic.presets import MODELS, default_sampling, make_colorizer, make_trainee, model_options
 from faic.runs import Run
@@ -117,69 +117,49 @@ def resumed(device, model, rehearse, seconds):
     count, every = (6, 2) if rehearse else (60, 10)
 
     def work(folder):
-        faic.trainer.CHECK_EVERY = every
         set_deterministic(device)
         options = model_options(model, "gpu") | ({} if rehearse else NARROW.get(model, {}))
         options |= dict(crop=options["side"], seed=0)
         array = photographs(64, options["load_side"])
-        trainer = Trainer(
-            make_trainee(model, options),
-            Run(folder, dict(model=model)),
-            array,
-            np.arange(len(array)),
-            Budget(count, "steps"),
-            options,
-            1,
-            device,
-            save_minutes=0,
-        )
-        train_day(trainer, 1)
+        trainee, run, budget = make_trainee(model, options), Run(folder, dict(model=model)), Budget(count, "steps")
+        often = dict(save_minutes=0, check_every=every)
+        train_day(Trainer(trainee, run, array, np.arange(len(array)), budget, options, 1, device, **often), 1)
 
     with tempfile.TemporaryDirectory() as root:
         folders = {name: Path(root) / name for name in ("alone", "again", "killed")}
         for folder in folders.values():
             folder.mkdir()
-        running = {
-            name: forked(lambda folder=folder: work(folder), folder / "error") for name, folder in folders.items()
-        }
+        running = {name: forked(partial(work, folder), folder / "error") for name, folder in folders.items()}
         log, began = folders["killed"] / "log.jsonl", time.monotonic()
         wanted = random.Random(0).randint(count // 3, 2 * count // 3)
         while last_step(log) < wanted and time.monotonic() - began < seconds / 2:
             if os.waitpid(running["killed"], os.WNOHANG)[0]:
-                why = (
-                    (folders["killed"] / "error").read_text()
-                    if (folders["killed"] / "error").exists()
-                    else "it was too quick"
-                )
-                raise RuntimeError(
-                    f"the run to be killed ended by itself after step {last_step(log)} of {count}: {why}"
-                )
+                error = folders["killed"] / "error"
+                why = error.read_text() if error.exists() else "it was too quick"
+                done = f"after step {last_step(log)} of {count}"
+                raise RuntimeError(f"the run to be killed ended by itself {done}: {why}")
             time.sleep(0.005)
         os.kill(running["killed"], signal.SIGKILL)
         os.waitpid(running["killed"], 0)
         hit = last_step(log)
-        running["killed"] = forked(lambda: work(folders["killed"]), folders["killed"] / "error")
+        running["killed"] = forked(partial(work, folders["killed"]), folders["killed"] / "error")
         codes = {name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in running.items()}
         if any(codes.values()):
-            raise RuntimeError(
-                "a run failed: "
-                + "; ".join(f"{n}: {(f / 'error').read_text()}" for n, f in folders.items() if (f / "error").exists())
-            )
+            errors = [f"{n}: {(f / 'error').read_text()}" for n, f in folders.items() if (f / "error").exists()]
+            raise RuntimeError(f"a run failed: {'; '.join(errors)}")
         events = [json.loads(line) for line in log.read_text().splitlines()]
         came_back = next((e["step"] for e in events if e.get("event") == "resumed"), None)
         if came_back is None:
             raise RuntimeError(f"killed at step {hit}, it began anew: there was no checkpoint")
         weights = {name: load_file(folder / "day-1.safetensors") for name, folder in folders.items()}
     differences = {name: far(weights["alone"], weights[name]) for name in ("again", "killed")}
-    line = f"killed after step {hit}, resumed at {came_back} of {count}: " + (
-        "the same weights, bit by bit"
-        if not differences["killed"]
-        else f"weights differ by up to {differences['killed']:.1e}"
-    )
-    line += "" if not differences["again"] else f"; two runs that were left alone differ by {differences['again']:.1e}"
-    return dict(
-        line=line, equal=not differences["killed"], differences=differences, killed_after=hit, resumed_at=came_back
-    )
+    found = dict(equal=not differences["killed"], differences=differences, killed_after=hit, resumed_at=came_back)
+    result = "the same weights, bit by bit"
+    if not found["equal"]:
+        result = f"weights differ by up to {differences['killed']:.1e}"
+    if differences["again"]:
+        result += f"; two runs that were left alone differ by {differences['again']:.1e}"
+    return dict(line=f"killed after step {hit}, resumed at {came_back} of {count}: {result}", **found)
 
 
 def last_step(log):
@@ -251,6 +231,11 @@ def first_differences(naive, cached):
     return found
 
 
+def largest_difference(ours, theirs, term):
+    """The largest relative difference of a term of the losses over the steps of two trainings."""
+    return max(abs(a[term] - b[term]) / max(abs(a[term]), 1e-6) for a, b in zip(ours, theirs))
+
+
 def precisions(device, model, rehearse, seconds):
     """Losses of the same steps, and answers of the same weights, in float32, TF32 and bfloat16."""
     count, images = (6, 2) if rehearse else (STEPS, 16)
@@ -263,37 +248,31 @@ def precisions(device, model, rehearse, seconds):
                     n: {k: v.clone() for k, v in net.state_dict().items()}
                     for n, net in trainer.trainee.networks().items()
                 }
-    trainee, parts = untrained(model, "gpu", device)
+    trainee, components = untrained(model, "gpu", device)
     for n, net in trainee.networks().items():
         net.load_state_dict(state[n])
     gray, answers = gray_images(model, "gpu", images, device), {}
     sampling = default_sampling(model, "gpu") | (dict(temperature=0.0) if model == "coltran" else {})
     for name in PRECISIONS:
         with precision(name) as cast:
-            answers[name] = to_uint8(
-                make_colorizer(model, trainee, sampling | dict(precision=cast), parts)(gray, generators(images))
-            )
+            colorize = make_colorizer(model, trainee, sampling | dict(precision=cast), components)
+            answers[name] = to_uint8(colorize(gray, generators(images)))
     others = [n for n in PRECISIONS if n != "float32"]
     terms = losses["float32"][0]
-    apart = {
-        o: {
-            t: max(abs(a[t] - b[t]) / max(abs(a[t]), 1e-6) for a, b in zip(losses["float32"], losses[o])) for t in terms
-        }
-        for o in others
-    }
-    ends = {n: {t: sum(step[t] for step in losses[n][-10:]) / len(losses[n][-10:]) for t in terms} for n in losses}
+    apart = {o: {t: largest_difference(losses["float32"], losses[o], t) for t in terms} for o in others}
+    ends = {n: {t: float(np.mean([step[t] for step in losses[n][-10:]])) for t in terms} for n in losses}
     pictures = {o: compare(answers["float32"], answers[o]) for o in others}
-    said = [
+    sentences = [
         f"{o}: losses of {count} steps within {100 * max(apart[o].values()):.2g} %, "
         f"pictures {pictures[o]['mean']:.2f} levels apart (at most {pictures[o]['most']})"
         for o in others
     ]
     if model == "coltran":
         symbols = {o: greedy(device, trainee, gray, o) for o in others}
-        said += [f"{o}: {100 * share:.2f} % of greedy symbols the same" for o, share in symbols.items()]
+        sentences += [f"{o}: {100 * share:.2f} % of greedy symbols the same" for o, share in symbols.items()]
         pictures |= dict(greedy=symbols)
     return dict(
-        line="; ".join(said),
+        line="; ".join(sentences),
         losses=losses,
         largest_relative_difference=apart,
         mean_of_last_10=ends,
@@ -330,9 +309,8 @@ def memory(device, preset, seconds):
                 steps(trainer, 2)
                 found[f"{model}, {cast}"] = dict(peak_gb=peak_gb(device), batch_size=trainer.options["batch_size"])
                 del trainer
-    return dict(
-        line="; ".join(f"{n} {f['peak_gb']} GB (batch {f['batch_size']})" for n, f in found.items()), found=found
-    )
+    line = "; ".join(f"{n} {f['peak_gb']} GB (batch {f['batch_size']})" for n, f in found.items())
+    return dict(line=line, found=found)
 
 
 def scoring(device, rehearse, seconds):
@@ -357,17 +335,14 @@ def about_machine(device, rehearse, seconds):
     if not rehearse:
         for name in PRECISIONS:
             with precision(name):
-                found[f"{name} TFLOP/s"] = round(
-                    matrix_rate(device, torch.bfloat16 if name == "bfloat16" else torch.float32) / 1e12, 1
-                )
+                dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+                found[f"{name} TFLOP/s"] = round(matrix_rate(device, dtype) / 1e12, 1)
     return dict(line=", ".join(f"{k} {v}" for k, v in found.items()), **found)
 
 
 def lanes(device_text, rehearse):
     """The lanes of the stage. A process that only forks others opens no GPU."""
-    device = pick_device("cpu") if rehearse else torch.device(device_text)
-    if rehearse:
-        shrink()
+    device = stage_device(device_text, rehearse)
     words = "discriminator or dropout" if rehearse else ""
     models = MODELS[:1] if rehearse else MODELS
     golden_models = ("pix2pix",) if rehearse else ("pix2pix", "coltran", "vqgan", "bbdm")
@@ -384,9 +359,8 @@ def lanes(device_text, rehearse):
         items = [of("machine", about_machine, rehearse), of("scoring", scoring, rehearse, limit=20)]
         items += [of(f"sampler {s}", sampler, s, limit=45) for s in exact]
         items += [of(f"precision {model}", precisions, model, rehearse, limit=45) for model in MODELS]
-        return (
-            items + [of(f"sampler {s}", sampler, s, limit=45) for s in late] + [of("memory", memory, "paper", limit=40)]
-        )
+        items += [of(f"sampler {s}", sampler, s, limit=45) for s in late]
+        return items + [of("memory", memory, "paper", limit=40)]
 
     return [
         Lane("main", main),

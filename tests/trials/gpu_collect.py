@@ -35,8 +35,8 @@ def commit():
 def safe_members(tar):
     """Plain files of runs: <run>/<file> or <run>/samples/<file>."""
     for member in tar:
-        parts = Path(member.name).parts
-        if not member.isfile() or not 2 <= len(parts) <= 3 or ".." in parts or Path(member.name).is_absolute():
+        path = Path(member.name)
+        if not member.isfile() or len(path.parts) not in (2, 3) or ".." in path.parts or path.is_absolute():
             raise ValueError(f"{member.name} is no file of a run")
         yield member
 
@@ -78,15 +78,15 @@ def take_weights(folder, target):
     with tarfile.open(fileobj=io.BytesIO(b"".join(f.read_bytes() for f in pieces))) as tar:
         for member in safe_members(tar):
             content = tar.extractfile(member).read()
-            part = target / member.name
-            part.parent.mkdir(parents=True, exist_ok=True)
-            scratch = part.with_name(f".{part.name}.half")
+            file = target / member.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = file.with_name(f".{file.name}.half")
             scratch.write_bytes(content)
             with safe_open(scratch, "pt") as f:
                 metadata = f.metadata()
             scratch.unlink()
             tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in load(content).items()}
-            write_bytes(part, save(tensors, metadata))
+            write_bytes(file, save(tensors, metadata))
             found.append(member.name)
     return found
 
@@ -110,9 +110,8 @@ def take_times(report, target):
 def table(report):
     """A stage's items as Markdown: what each found, or why it did not."""
     records = [r for records in report["lanes"].values() for r in records]
-    device = next(
-        (r["found"]["device"] for r in records if "device" in (r.get("found") or {})), report.get("device", "")
-    )
+    devices = [r["found"]["device"] for r in records if "device" in (r.get("found") or {})]
+    device = devices[0] if devices else report.get("device", "")
     lines = [
         f"# {report['stage']}",
         "",
@@ -143,35 +142,30 @@ def collect(came, name):
             if stage == "speed":
                 found["times"] += take_times(report, target)
             folder = results_folder("gpu", name)
-            number = (
-                ""
-                if not (folder / f"{stage}.json").exists()
-                or (folder / f"{stage}.json").read_bytes() == file.read_bytes()
-                else f"-{short_hash(report)}"
-            )
+            there = folder / f"{stage}.json"
+            taken = there.exists() and there.read_bytes() != file.read_bytes()
+            number = f"-{short_hash(report)}" if taken else ""  # another report of this stage keeps its name
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / f"{stage}{number}.json")
             write_bytes(folder / f"{stage}{number}.md", table(report).encode())
             found["tables"].append(f"{folder / stage}{number}.md")
     if not any(found.values()):
-        raise ValueError(
-            f"{came} holds nothing that the stages write (check.json, speed.json, train.json, runs.tar.xz)"
-        )
+        raise ValueError(f"{came} holds no check.json, speed.json, train.json or runs.tar.xz; give the folder of them")
     print(f"collect: {len(found['runs'])} runs and {len(found['times'])} of times into {target}")
     print(f"collect: {len(found['weights'])} files of weights; tables: {', '.join(found['tables'])}")
     options = [json.loads((target / r / "options.json").read_text()) for r in found["runs"]]
     days = {o["phase"]: Budget.parse(o["budget"]) for o in options if o["phase"] in PHASE_DAYS and "budget" in o}
     for budget in sorted({str(b * (1 / PHASE_DAYS[phase])) for phase, b in days.items()}):
-        found["evidence"] = evidence_of(name, budget, sorted({o["seed"] for o in options if o["phase"] == "phase2"}))
+        found["selection"] = selection_of(name, budget, sorted({o["seed"] for o in options if o["phase"] == "phase2"}))
         print(f"collect: python -m faic.study notebook results -p preset gpu -p data {name} -p budget '{budget}'")
     return found
 
 
-def evidence_of(name, budget, seeds):
+def selection_of(name, budget, seeds):
     """How many of the runs `results` would use with this budget, and why not the others."""
     days = str(Budget.parse(budget) * PHASE_DAYS["phase2"])
     budgets = {(phase, m): b for m in MODELS for phase, b in (("phase1", budget), ("phase2", days))}
-    evidence = select_runs("gpu", name, seeds[0], budgets, len(seeds))
-    used, left_out = len(evidence.all_runs()), [sentence for *_, sentence in evidence.skipped]
-    print(f"collect: with the budget {budget}, `results` uses {used} runs", *left_out, sep="\n  ")
-    return dict(used=used, left_out=left_out)
+    selection = select_runs("gpu", name, seeds[0], budgets, len(seeds))
+    used, skipped = len(selection.all_runs()), [sentence for *_, sentence in selection.skipped]
+    print(f"collect: with the budget {budget}, `results` uses {used} runs", *skipped, sep="\n  ")
+    return dict(used=used, skipped=skipped)

@@ -10,16 +10,24 @@ from throughput import make_trainer, photographs
 
 from faic.batches import Batch
 from faic.components import PHASE_DAYS
-from faic.core import device_name, make_generator
+from faic.core import device_name, make_generator, pick_device
 from faic.presets import PRESETS, components_of, make_trainee, model_options
 from faic.train import train_step
 from faic.trainer import day_batches
 
-PRECISIONS = {
+PRECISIONS = {  # name -> (TF32 for products and convolutions?, autocast's precision)
     "float32": (False, "float32"),
     "TF32": (True, "float32"),
     "bfloat16": (False, "bfloat16"),
-}  # TF32 for products and convolutions; autocast's
+}
+
+
+def stage_device(device_text, rehearse):
+    """The device that a stage works on; a rehearsal uses the CPU and small models."""
+    if not rehearse:
+        return torch.device(device_text)
+    shrink()
+    return pick_device("cpu")
 
 
 def shrink():
@@ -27,16 +35,10 @@ def shrink():
     tiny = dict(side=32, load_side=32, batch_size=2)
     coltran = tiny | dict(dim=8, heads=2, ff=8)
     vqgan = tiny | dict(ch=16, num_res_blocks=1, n_embed=16, disc_width=8, codebook="data", disc_start=0)
-    bbdm = tiny | dict(
-        channels=32, channel_mult=[1, 2], num_res_blocks=1, accumulate=1, ema=dict(decay=0.9, start=0.05, every=1)
-    )
-    changes = dict(
-        pix2pix=tiny | dict(load_side=36, width=4),
-        bbdm=bbdm,
-        coltran=coltran,
-        coltran_color=coltran,
-        coltran_spatial=coltran,
-    )
+    bbdm = tiny | dict(channels=32, channel_mult=[1, 2], num_res_blocks=1, accumulate=1)
+    bbdm |= dict(ema=dict(decay=0.9, start=0.05, every=1))
+    changes = dict(pix2pix=tiny | dict(load_side=36, width=4), bbdm=bbdm)
+    changes |= dict.fromkeys(("coltran", "coltran_color", "coltran_spatial"), coltran)
     changes |= {f"vqgan_{latent}{kind}": vqgan for latent in ("f4", "f8", "f16") for kind in ("", "_plain")}
     for preset, low in (("gpu", dict(low=32)), ("paper", {})):
         mine = {m: c | (low if m in ("coltran", "coltran_color") else {}) for m, c in changes.items()}
@@ -85,21 +87,19 @@ def steps(trainer, count):
 
 
 def components(model, preset, device):
-    """The untrained networks that a model needs beside itself."""
-    return {
-        n: make_trainee(n, model_options(n, preset)).networks()["net"].eval().to(device)
-        for n in components_of(model, preset=preset)
-    }
+    """The untrained networks that a model needs in addition to its own."""
+    names = components_of(model, preset=preset)
+    return {n: make_trainee(n, model_options(n, preset)).networks()["net"].eval().to(device) for n in names}
 
 
 @functools.cache
 def untrained(model, preset, device):
     """(trainee, components) of a preset, on the device; made once, as large networks take seconds."""
-    parts = components(model, preset, device)
-    trainee = make_trainee(model, model_options(model, preset), components=parts if model == "bbdm" else {})
+    others = components(model, preset, device)
+    trainee = make_trainee(model, model_options(model, preset), components=others if model == "bbdm" else {})
     for net in trainee.networks().values():
         net.eval().to(device)
-    return trainee, parts
+    return trainee, others
 
 
 def gray_images(model, preset, count, device):
@@ -116,16 +116,12 @@ def generators(count, device="cpu"):
 
 
 def machine(device):
-    """What the machine is called, and with what it works."""
+    """The machine's device, software and resources."""
     found = dict(
         device=device_name(device), torch=torch.__version__, cuda=torch.version.cuda, threads=torch.get_num_threads()
     )
     if device.type == "cuda":
-        memory, processors = (
-            torch.cuda.get_device_properties(device).total_memory,
-            torch.cuda.get_device_properties(device).multi_processor_count,
-        )
-        found |= dict(
-            memory_gb=round(memory / 1e9, 1), multiprocessors=processors, cudnn=torch.backends.cudnn.version()
-        )
+        properties = torch.cuda.get_device_properties(device)
+        found |= dict(memory_gb=round(properties.total_memory / 1e9, 1), cudnn=torch.backends.cudnn.version())
+        found |= dict(multiprocessors=properties.multi_processor_count)
     return found

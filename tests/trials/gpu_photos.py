@@ -1,9 +1,9 @@
 """Photographs on their way to a machine without network, in chunks that are split there as the whole folder is here.
 
-A chunk holds, for every 18 training photographs, one of the validation and one of the test part of the whole folder.
-They keep their names, and with them their order, so that `load_photos` makes the same parts of one chunk or of all:
-nothing that is scored there was trained on, here or there. JPEGs of the right side travel as they are, without their
-headers, of which the chunk keeps one of each kind; other photographs become WebP.
+A chunk holds one photograph of the validation split and one of the test split for every 18 training photographs. The
+photographs keep their names, and so their order: `load_photos` makes the same splits of one chunk or of all, and no
+photograph that is scored there was trained on. JPEGs of the right side travel as they are, but without their headers:
+the chunk keeps one header of each kind. Other photographs become WebP.
 """
 
 import io
@@ -25,10 +25,8 @@ from faic.evaluate import sample_rows
 from faic.metrics import chroma_error, psnr
 from faic.photos import list_hashes, read_photo
 
-TRAIN_TO_ONE = (
-    18  # training photographs for one of validation and one of test: load_photos' split of 90, 5 and 5 percent
-)
-PARTS = ("train", "validation", "test")
+TRAIN_TO_ONE = 18  # training photographs for one of validation and one of test: load_photos splits 90, 5 and 5 percent
+SPLITS = ("train", "validation", "test")
 CHUNK = 40 * 2**20  # bytes at most
 QUALITY = 92  # of WebP
 DECODED = 250  # photographs that a process decodes at a time
@@ -65,34 +63,31 @@ def packed(path, side, quality):
 def chosen(photos, counts):
     """Files that are not gray: the first ones of training, in the study's order, and evenly spread others."""
     found, manifest = {}, photos.manifest[photos.manifest["row"] >= 0].set_index("row")
-    for part in PARTS:
-        rows = manifest.loc[photos.splits[part]]
+    for split in SPLITS:
+        rows, count = manifest.loc[photos.splits[split]], counts[split]
         files = rows.loc[rows["gray"].astype(str) != "True", "file"].tolist()
-        if len(files) < counts[part]:
-            raise ValueError(
-                f"{photos.name} has {len(files)} {part} photographs that are not gray; {counts[part]} are wanted"
-            )
-        found[part] = (
-            files[: counts[part]] if part == "train" else [files[i] for i in sample_rows(len(files), counts[part])]
-        )
+        if len(files) < count:
+            raise ValueError(f"{photos.name} has {len(files)} {split} photographs that are not gray; expected {count}")
+        chosen_rows = range(count) if split == "train" else sample_rows(len(files), count)
+        found[split] = [files[i] for i in chosen_rows]
     return found
 
 
 def share(files, first, count):
-    """The photographs of a chunk: `count` of each scored part from `first` on, and 18 times as many to train on."""
+    """The photographs of a chunk: `count` of each scored split from `first` on, and 18 times as many to train on."""
     times = dict(train=TRAIN_TO_ONE, validation=1, test=1)
-    return [f for part in PARTS for f in files[part][first * times[part] : (first + count) * times[part]]]
+    return [f for split in SPLITS for f in files[split][first * times[split] : (first + count) * times[split]]]
 
 
 def write_chunk(path, root, files, side, quality, about):
-    """A file of photographs; its size in bytes. np.load opens it without pickle."""
+    """Write a file of photographs that np.load opens without pickle; returns its size in bytes."""
     files = sorted(files)
-    parts = [packed(root / f, side, quality) for f in files]
-    headers = sorted({h for h, _ in parts})
+    contents = [packed(root / f, side, quality) for f in files]
+    headers = sorted({h for h, _ in contents})
     if len(headers) > 255:
         raise ValueError(f"{path.name}: {len(headers)} kinds of JPEG headers; expected few. Recompress the photographs")
-    lengths = np.array([len(d) for _, d in parts], np.uint32)
-    header = np.array([headers.index(h) for h, _ in parts], np.uint8)
+    lengths = np.array([len(d) for _, d in contents], np.uint32)
+    header = np.array([headers.index(h) for h, _ in contents], np.uint8)
     names = np.frombuffer(zlib.compress("\n".join(files).encode(errors="surrogateescape"), 9), np.uint8)
     content = io.BytesIO()
     np.savez(
@@ -103,7 +98,7 @@ def write_chunk(path, root, files, side, quality, about):
         header=header,
         headers=np.frombuffer(b"".join(headers), np.uint8),
         header_lengths=np.array([len(h) for h in headers], np.uint32),
-        data=np.frombuffer(b"".join(d for _, d in parts), np.uint8),
+        data=np.frombuffer(b"".join(d for _, d in contents), np.uint8),
     )
     write_bytes(path, content.getvalue())
     return path.stat().st_size
@@ -128,22 +123,20 @@ def recompression(root, files, side, quality):
 
 
 def pack(data, out, side, counts, sizes, quality=QUALITY):
-    """Write the chunks and <out>/photos.json; `sizes`: the most bytes of each chunk, the last one's of all others."""
+    """Write the chunks and <out>/photos.json; `sizes`: bytes of each chunk at most, the last one's of all others."""
     photos, out = load_photos(str(data), side), Path(out)
     files, root = chosen(photos, counts), Path(data).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("photos-*.npz"):
         old.unlink()
-    about = dict(
-        name=photos.name, whole=dict(fingerprint=photos.fingerprint, photographs=len(photos.array)), gray_left_out=True
-    )
+    whole = dict(fingerprint=photos.fingerprint, photographs=len(photos.array))
+    about = dict(name=photos.name, whole=whole, gray_left_out=True)
     total, first, chunks = counts["validation"], 0, []
-    each = (TRAIN_TO_ONE + 2) * np.mean(
-        [len(packed(root / f, side, quality)[1]) + 16 for f in files["train"][:COMPARED]]
-    )  # bytes of a unit
+    sizes_of_some = [len(packed(root / f, side, quality)[1]) + 16 for f in files["train"][:COMPARED]]
+    unit = (TRAIN_TO_ONE + 2) * np.mean(sizes_of_some)  # bytes of one photograph each to validate and test, and of 18
     while first < total:
         number, most = len(chunks) + 1, min(CHUNK, sizes[min(len(chunks), len(sizes) - 1)])
-        count = min(total - first, int(most // each))
+        count = min(total - first, int(most // unit))
         while True:
             if count < 1:
                 raise ValueError(f"no photograph fits a chunk of {most:,} bytes; give it more")
@@ -151,22 +144,15 @@ def pack(data, out, side, counts, sizes, quality=QUALITY):
             size = write_chunk(out / f"photos-{number}.npz", root, some, side, quality, about)
             if size <= most:
                 break
-            count -= max(1, int((size - most) // each))
-        parts = dict(train=count * TRAIN_TO_ONE, validation=count, test=count)
-        chunks.append(dict(file=f"photos-{number}.npz", bytes=size, sha256=short_hash(sorted(some), 12), **parts))
-        print(
-            f"pack: {chunks[-1]['file']}, {size / 2**20:.1f} MiB, " + ", ".join(f"{n} {p}" for p, n in parts.items()),
-            flush=True,
-        )
+            count -= max(1, int((size - most) // unit))
+        splits = dict(train=count * TRAIN_TO_ONE, validation=count, test=count)
+        chunks.append(dict(file=f"photos-{number}.npz", bytes=size, sha256=short_hash(sorted(some), 12), **splits))
+        numbers = ", ".join(f"{n} {split}" for split, n in splits.items())
+        print(f"pack: {chunks[-1]['file']}, {size / 2**20:.1f} MiB, {numbers}", flush=True)
         first += count
     gray = int(photos.manifest["gray"].astype(str).eq("True").sum())
-    found = about | dict(
-        side=side,
-        gray=gray,
-        chunks=chunks,
-        quality=quality,
-        error=recompression(root, files["train"][:COMPARED], side, quality),
-    )
+    error = recompression(root, files["train"][:COMPARED], side, quality)
+    found = about | dict(side=side, gray=gray, chunks=chunks, quality=quality, error=error)
     write_json(out / "photos.json", found)
     return found
 
@@ -207,14 +193,14 @@ def read_some(folder, pixels_file, first, some, side):
 def prepare(contents, files, side, photographs, prepared, pool):
     """Decode photographs in many processes into a folder as `load_photos` prepares one."""
     prepared.mkdir(parents=True, exist_ok=True)
-    part = prepared / "pixels.part"
-    with open(part, "wb") as f:
+    unfinished = prepared / "pixels.part"
+    with open(unfinished, "wb") as f:
         f.truncate(len(files) * 3 * side**2)
     firsts = range(0, len(files), DECODED)
     slices = [[(f, contents[f]) for f in files[first : first + DECODED]] for first in firsts]
-    parts = pool.map(partial(read_some, photographs, part), firsts, slices, [side] * len(slices))
-    rows = [row for some in parts for row in some]
-    os.replace(part, prepared / "pixels.u8")
+    decoded = pool.map(partial(read_some, photographs, unfinished), firsts, slices, [side] * len(slices))
+    rows = [row for some in decoded for row in some]
+    os.replace(unfinished, prepared / "pixels.u8")
     write_bytes(prepared / "manifest.csv", pd.DataFrame(rows).to_csv(index=False).encode(errors="surrogateescape"))
 
 
@@ -238,10 +224,8 @@ def unpack(chunks, folder, pool):
     if not (prepared / "manifest.csv").exists():
         prepare(contents, files, side, folder / "photographs", prepared, pool)
     photos = load_photos(str(prepared), side)
-    parts = {p: len(photos.splits[p]) for p in PARTS}
-    if parts["train"] != TRAIN_TO_ONE * parts["validation"] or parts["validation"] != parts["test"]:
-        raise ValueError(f"the parts are {parts}; a chunk is incomplete")
-    summary = dict(
-        chunks=[f.name for f in found], components=parts, fingerprint=photos.fingerprint, whole=about["whole"]
-    )
-    return prepared, photos, summary | dict(lists=list_hashes(photos))
+    counts = {split: len(photos.splits[split]) for split in SPLITS}
+    if counts["train"] != TRAIN_TO_ONE * counts["validation"] or counts["validation"] != counts["test"]:
+        raise ValueError(f"expected {TRAIN_TO_ONE} : 1 : 1 photographs, found {counts}; a chunk is incomplete")
+    summary = dict(chunks=[f.name for f in found], splits=counts, fingerprint=photos.fingerprint)
+    return prepared, photos, summary | dict(whole=about["whole"], lists=list_hashes(photos))

@@ -13,7 +13,7 @@ from gpu_models import (
     machine,
     peak_gb,
     precision,
-    shrink,
+    stage_device,
     steps,
     synchronize,
     trainer_of,
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import faic.coltran_sampler
 from faic.benchmark import count_flop, matrix_rate, stages_of
 from faic.coltran_sampler import RowBuffers, sample_row, sampling_cost
-from faic.core import device_name, pick_device
+from faic.core import device_name
 from faic.dataset import load_photos
 from faic.presets import MODELS, default_sampling, describe_sampling, make_colorizer, model_options
 from faic.runs import provenance
@@ -85,7 +85,7 @@ def sampling(device, model, rehearse, best, seconds):
     """Table IV: each stage of a colorizer at the paper's size in each precision, projected to 5000 images."""
     began, want = time.monotonic(), 4 if rehearse else IMAGES
     size = 2 if rehearse else BATCHES[model]
-    trainee, parts = untrained(model, "paper", device)
+    trainee, components = untrained(model, "paper", device)
     gray, chosen = gray_images(model, "paper", size, device), default_sampling(model, "paper")
     rows, order = [], [n for n in ("bfloat16", "TF32", "float32") if n in PRECISIONS]  # the one that matters first
     for k, name in enumerate(order):
@@ -93,7 +93,7 @@ def sampling(device, model, rehearse, best, seconds):
         if patience < 1:
             break
         with precision(name) as cast:
-            colorize = make_colorizer(model, trainee, chosen | dict(precision=cast), parts)
+            colorize = make_colorizer(model, trainee, chosen | dict(precision=cast), components)
             stages, before = stages_of(colorize), None
             for stage, f in stages.items():
                 made, given = [], before
@@ -339,18 +339,15 @@ def compiled(device, which, rehearse, seconds):
 
 def lanes(device_text, rehearse):
     """The lanes of the stage, one after the other, as they are timed; compiling, which may take minutes, comes last."""
-    device = pick_device("cpu") if rehearse else torch.device(device_text)
-    if rehearse:
-        shrink()
+    device = stage_device(device_text, rehearse)
     known = {}
 
     def best(name):
         """The machine's rate in a precision; measured again where the first item failed."""
         if name not in known:
             with precision(name):
-                known[name] = (
-                    1e9 if rehearse else matrix_rate(device, torch.bfloat16 if name == "bfloat16" else torch.float32)
-                )
+                dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+                known[name] = 1e9 if rehearse else matrix_rate(device, dtype)
         return known[name]
 
     def of(name, work, *args, limit=60, least=2):
@@ -359,21 +356,13 @@ def lanes(device_text, rehearse):
 
     def main():
         items = [of("machine", rates, rehearse, limit=20)]
-        items += [
-            of(f"sampling {m}", sampling, m, rehearse, best, limit=limit)
-            for m, limit in (("pix2pix", 15), ("coltran", 45), ("bbdm", 35))
-        ]
+        for m, limit in (("pix2pix", 15), ("coltran", 45), ("bbdm", 35)):
+            items.append(of(f"sampling {m}", sampling, m, rehearse, best, limit=limit))
         items += [of(f"training {m}", training, m, rehearse, best, limit=25) for m in MODELS]
         return items + [of("graphs", graphs, rehearse, limit=15), of("formats", formats, rehearse, limit=15)]
 
-    which = ("generator",) if rehearse else ("U-Net step", "generator")
-    return [
-        Lane("main", main),
-        Lane(
-            "compile",
-            lambda: [
-                of(f"compile {w}", compiled, w, rehearse, limit=45, least=15 if not rehearse else 1) for w in which
-            ],
-            wave=1,
-        ),
-    ]
+    def compiling():
+        names, least = (("generator",), 1) if rehearse else (("U-Net step", "generator"), 15)
+        return [of(f"compile {n}", compiled, n, rehearse, limit=45, least=least) for n in names]
+
+    return [Lane("main", main), Lane("compile", compiling, wave=1)]

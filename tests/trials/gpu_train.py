@@ -17,22 +17,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from gpu_models import machine, precision, shrink, synchronize, untrained
+from gpu_models import machine, precision, stage_device, synchronize, untrained
 from gpu_photos import unpack
 from gpu_stage import Item, Lane, keep, supervise, write_json
 from safetensors import safe_open
 from safetensors.torch import save
 
-import faic.benchmark
-import faic.colorize
-import faic.components
-import faic.days
-import faic.evaluate
-import faic.intervals
-import faic.resume
-import faic.trainer
 from faic.components import PHASE_DAYS, SCORED_SPLIT, make_trainer, prepare_components, study_photos
-from faic.core import make_generator, pick_device, read_json, runs_dir, set_deterministic, write_bytes
+from faic.core import pick_device, read_json, runs_dir, set_deterministic, write_bytes
 from faic.days import missing_rows, run_baselines, study_run
 from faic.evaluate import evaluate, features_of, sample_rows
 from faic.intervals import summarize
@@ -55,10 +47,10 @@ from faic.selection import phase1_winner, write_winner
 from faic.trainer import train_day
 
 PRESET = "gpu"
-TOGETHER = 250  # photographs that are colorized together when they are scored
-SCORED = 1000  # photographs of a part
-LEAST = 10.0  # seconds of a day
-PART = 0.5  # of a day: what a component gets in each phase
+EVAL_BATCH = dict(cuda=250, cpu=10)  # photographs that are colorized together when they are scored
+SCORED = 1000  # photographs of a split
+MIN_DAY = 10.0  # seconds
+COMPONENT_SHARE = 0.5  # of a day: what a component gets in each phase
 RUN = 1.0  # seconds of a run for what is not measured: its files, its lists
 RESERVE = 30.0  # seconds at the end for the last scores and for packing
 FILE, BACK = 16 * 2**20 - 2**16, 60 * 2**20  # bytes of a file and of all files that come back
@@ -70,10 +62,10 @@ def without_gpu():
     torch.set_num_threads(1)
 
 
-def statistics(per_image, fake, real, other, label, seed):
+def statistics(per_image, fake, real, other, network_name, seed):
     """In a process of its own: a row of metrics, or half of one."""
     pairs = [pair and tuple(torch.from_numpy(x) for x in pair) for pair in (fake, real, other)]
-    return summarize(per_image, *pairs, label, seed)
+    return summarize(per_image, *pairs, network_name, seed)
 
 
 def baselines(phase, data):
@@ -82,33 +74,14 @@ def baselines(phase, data):
     run_baselines(phase, PRESET, study_photos(data, PRESET), efficientnet_lite0(cpu), cpu)
 
 
-def in_float32(look):
+def in_float32(forward):
     """A feature network's function without TF32, so that scores do not depend on the device."""
 
-    def exactly(rgb):
+    def exact(rgb):
         with precision("float32"):
-            return look(rgb)
+            return forward(rgb)
 
-    return exactly
-
-
-def saves_components(save):
-    """Checkpoints of components only, which phase 2 trains on: a large network's take as long as its day."""
-
-    def save_some(trainer):
-        if trainer.run.options["phase"] == "component":
-            save(trainer)
-
-    return save_some
-
-
-def numbers_on(device):
-    """`make_generator`, but an evaluation's numbers are drawn on the device: a CPU takes long for ColTran's."""
-
-    def make(*names, **where):
-        return make_generator(*names, **(dict(device=device) if names[1:2] == ("evaluate",) else where))
-
-    return make
+    return exact
 
 
 class Study:
@@ -120,12 +93,6 @@ class Study:
         cores = len(os.sched_getaffinity(0))
         self.pool = ProcessPoolExecutor(max(1, cores - 2), mp_context=get_context("fork"), initializer=without_gpu)
         self.pool.submit(int).result()  # all are forked now, before this process opens the GPU
-        faic.evaluate.summarize = self.later
-        faic.evaluate.make_generator = faic.components.make_generator = faic.days.make_generator = (
-            faic.benchmark.make_generator
-        ) = faic.colorize.make_generator = numbers_on(device)
-        faic.resume.save_checkpoint = faic.trainer.save_checkpoint = saves_components(faic.resume.save_checkpoint)
-        faic.days.eval_batch_size = lambda options, device: TOGETHER if device.type == "cuda" else 10
 
     def place(self):
         """(photographs, feature network), made when they are first asked for."""
@@ -138,15 +105,19 @@ class Study:
             self.loaded, self.data, self.found = (photos, feature_net), str(prepared), found
         return self.loaded
 
-    def later(self, per_image, fake, real, other, label, seed=0):
-        """In place of `summarize`: the row is made by other processes, in halves."""
+    def summarize_later(self, per_image, fake, real, other, network_name, seed=0):
+        """In place of `summarize`: other processes make the row, in halves."""
         fake, real, other = (pair and tuple(x.numpy() for x in pair) for pair in (fake, real, other))
-        return dict(
-            halves=[
-                self.pool.submit(statistics, per_image, fake, real, None, label, seed),
-                self.pool.submit(statistics, None, fake, None, other, label, seed),
-            ]
-        )
+        paired = self.pool.submit(statistics, per_image, fake, real, None, network_name, seed)
+        unpaired = self.pool.submit(statistics, None, fake, None, other, network_name, seed)
+        return dict(halves=[paired, unpaired])
+
+    def evaluate(self, colorize, trainee, photos, split, seed, summarize):
+        """Score a colorizer; random numbers are drawn on the device, as a CPU takes long for ColTran's."""
+        numbers = dict(seed=seed, device=self.device, noise_device=self.device)
+        gray = dict(gray_kind=trainee.gray_kind, copies_lightness=trainee.keeps_lightness)
+        size, (_, feature_net) = EVAL_BATCH[self.device.type], self.place()
+        return evaluate(colorize, photos, split, feature_net, batch_size=size, summarize=summarize, **gray, **numbers)
 
     def day_seconds(self):
         return json.loads((self.work / "day.json").read_text())["seconds"]
@@ -154,20 +125,17 @@ class Study:
     def budget(self):
         return f"{self.day_seconds() / 3600:.4g} hours"
 
-    def score(self, run, day, weights, sampling, parts, trainee):
-        """Colorize with a copy of a trainee and look at the answers; the row is added when its statistics are made."""
+    def score(self, run, day, weights, sampling, components, trainee):
+        """Colorize and score with a copy of a trainee; the row is added when its statistics are made."""
         missing = missing_rows(run, trainee, day, sampling)
         if not missing:
             return 0.0
         began, o = time.monotonic(), run.options
-        photos, feature_net = self.place()
+        photos, _ = self.place()
         twin = load_weights(copy.deepcopy(trainee), weights, self.device)
-        colorize = make_colorizer(o["model"], twin, sampling, parts)
-        gray = twin.gray_kind, twin.keeps_lightness
-        together = faic.days.eval_batch_size(o, self.device)
-        rows, samples = evaluate(
-            colorize, photos, SCORED_SPLIT[o["phase"]], feature_net, *gray, o["seed"], self.device, together
-        )
+        colorize = make_colorizer(o["model"], twin, sampling, components)
+        split = SCORED_SPLIT[o["phase"]]
+        rows, samples = self.evaluate(colorize, twin, photos, split, o["seed"], self.summarize_later)
         keep_samples(run, samples, day, describe_sampling(sampling))
         for lightness in missing:
             head = dict(day=day, **work_done(weights), sampling=describe_sampling(sampling), lightness=lightness)
@@ -189,50 +157,49 @@ class Study:
             found = paired | {k: v for k, v in unpaired.items() if k.startswith("unpaired") or k == "n other"}
             run.add_metrics(head | {k: v for k, v in row.items() if k != "halves"} | found)
 
-    def parts(self, model, phase, seed):
-        """(component -> network, sampling with their name)."""
-        photos, feature_net = self.place()
-        return prepare_components(
-            model, phase, PRESET, seed, photos, default_sampling(model, PRESET), feature_net, self.device
-        )
+    def components(self, model, phase, seed):
+        """(component -> network, sampling with their name); trained where they are not there."""
+        (photos, feature_net), sampling = self.place(), default_sampling(model, PRESET)
+        return prepare_components(model, phase, PRESET, seed, photos, sampling, feature_net, self.device)
 
 
 def photographs(study, seconds):
-    """Unpack, prepare and look at the photographs; score the baselines meanwhile."""
+    """Unpack and prepare the photographs and compute their features; score the baselines meanwhile."""
     began = time.monotonic()
     photos, feature_net = study.place()
     ready = time.monotonic() - began
-    for part in ("validation", "test"):
-        features_of(photos, part, feature_net, study.device)
+    for split in ("validation", "test"):
+        features_of(photos, split, feature_net, study.device)
     study.baselines = [study.pool.submit(baselines, phase, study.data) for phase in ("phase1", "phase2")]
-    counts = {p: len(rows) for p, rows in photos.splits.items()}
+    counts = {split: len(rows) for split, rows in photos.splits.items()}
     line = f"{counts['train']} to train on, {counts['validation']} and {counts['test']} to score, "
     line += f"ready after {ready:.1f} s, fingerprint {photos.fingerprint}"
     return dict(line=line, machine=machine(study.device), counts=counts, **study.found)
 
 
+def no_statistics(*args):
+    """In place of `summarize`, where only the rest of an evaluation is timed."""
+    return {}
+
+
 def measure_days(study, deadline, seconds):
     """How long scoring and saving take; from that and the time left, how long a day is, and how many variants."""
-    photos, feature_net = study.place()
-    parts = {p: photos.splits[p][sample_rows(len(photos.splits[p]), TOGETHER)] for p in ("validation", "test")}
-    few, scoring, making = replace(photos, splits=photos.splits | parts), {}, {}
-    times = len(photos.splits["validation"]) / len(parts["validation"])
-    plain, faic.evaluate.summarize = faic.evaluate.summarize, lambda *args: {}
-    try:
-        for model in study.plan["models"]:
+    photos, _ = study.place()
+    rows = {split: photos.splits[split] for split in ("validation", "test")}
+    fewer = {split: r[sample_rows(len(r), EVAL_BATCH["cuda"])] for split, r in rows.items()}
+    few, scoring, making = replace(photos, splits=photos.splits | fewer), {}, {}
+    times = len(rows["validation"]) / len(fewer["validation"])
+    for model in study.plan["models"]:
+        began = time.monotonic()
+        trainee, components = untrained(model, PRESET, study.device)
+        making[model] = time.monotonic() - began
+        colorize = make_colorizer(model, trainee, default_sampling(model, PRESET), components)
+        for _ in range(1 if study.rehearse else 2):  # once to warm up
             began = time.monotonic()
-            trainee, components = untrained(model, PRESET, study.device)
-            making[model] = time.monotonic() - began
-            colorize = make_colorizer(model, trainee, default_sampling(model, PRESET), components)
-            gray = trainee.gray_kind, trainee.keeps_lightness
-            for _ in range(1 if study.rehearse else 2):  # once to warm up
-                began = time.monotonic()
-                evaluate(colorize, few, "validation", feature_net, *gray, 0, study.device, TOGETHER)
-                synchronize(study.device)
-                scoring[model] = (time.monotonic() - began) * times
-            scoring[model] += 2 * writing(trainee, study.work / "weights")  # and reading
-    finally:
-        faic.evaluate.summarize = plain
+            study.evaluate(colorize, trainee, few, "validation", 0, no_statistics)
+            synchronize(study.device)
+            scoring[model] = (time.monotonic() - began) * times
+        scoring[model] += 2 * writing(trainee, study.work / "weights")  # and reading
     left = deadline - time.monotonic() - RESERVE
     found = dict(day_length(study.plan, scoring, making, left), scoring=scoring, making=making)
     write_json(study.work / "day.json", found)
@@ -250,6 +217,11 @@ def writing(trainee, path):
     return time.monotonic() - began
 
 
+def component_days(model):
+    """Days that the training of a model's components takes in both phases together."""
+    return 2 * COMPONENT_SHARE * len(components_of(model, preset=PRESET))
+
+
 def day_length(plan, scoring, making, left):
     """Seconds of a day: what scoring leaves, shared by all days; fewer variants where a day would be too short."""
     least, most = plan["day"]
@@ -257,7 +229,7 @@ def day_length(plan, scoring, making, left):
         days, other = 0.0, 0.0
         for model, s in scoring.items():
             number = min(variants, len(PAPER_FID[model])) if model in plan["phase1"] else 0
-            components, seeds = 2 * PART * len(components_of(model, preset=PRESET)), len(plan["seeds"])
+            components, seeds = component_days(model), len(plan["seeds"])
             days += number + seeds * (PHASE_DAYS["phase2"] + components)
             other += (number + seeds) * (making[model] + RUN) + (number + seeds * PHASE_DAYS["phase2"]) * s
         seconds = 0.97 * (left - other) / days
@@ -280,7 +252,7 @@ def phase2(study, model, seed, deadline, seconds):
     photos, _ = study.place()
     known, plan = json.loads((study.work / "day.json").read_text()), study.plan
     each = known["seconds"] + known["scoring"][model]
-    needs = PHASE_DAYS["phase2"] * each + 2 * PART * known["seconds"] * len(components_of(model, preset=PRESET))
+    needs = PHASE_DAYS["phase2"] * each + component_days(model) * known["seconds"]
     if seed != plan["seeds"][0] and deadline - RESERVE - time.monotonic() < needs:
         return dict(line=f"not begun: it takes {needs:.0f} s")
     name, why = plan["winners"].get(model), "as asked for"
@@ -301,15 +273,17 @@ def train(study, model, phase, name, seed):
     """A run, day by day."""
     began = time.monotonic()
     photos, _ = study.place()
-    set_part_budgets(study)
-    parts, sampling = study.parts(model, phase, seed)
-    waited = time.monotonic() - began
-    budget = day_budget(PRESET, study.budget()) * PHASE_DAYS[phase]
+    set_component_budgets(study)
+    components, sampling = study.components(model, phase, seed)
+    waited, days, scoring = time.monotonic() - began, PHASE_DAYS[phase], 0.0
+    budget = day_budget(PRESET, study.budget()) * days
     run = study_run(phase, model, name, PRESET, seed, photos, budget, study.device)
-    trainer, scoring = make_trainer(run, photos, phase, PHASE_DAYS[phase], study.device, components=parts), 0.0
-    for day in range(1, PHASE_DAYS[phase] + 1):
+    # no checkpoints: those of a large network take as long as its day; components have them, as phase 2 needs them
+    options = dict(components=components, save_minutes=math.inf)
+    trainer = make_trainer(run, photos, phase, days, study.device, **options)
+    for day in range(1, days + 1):
         weights = train_day(trainer, day)
-        scoring += study.score(run, day, weights, sampling, parts, trainer.trainee)
+        scoring += study.score(run, day, weights, sampling, components, trainer.trainee)
         study.add_rows()
         keep(run=run.path.name, day=day, **work_done(weights))
     done = work_done(weights)
@@ -318,7 +292,7 @@ def train(study, model, phase, name, seed):
     line = f"{run.path.name}: {done['step']:,} steps, {seen:,} photographs in {done['training_seconds']:.1f} s "
     line += f"({rate:.0f}/s), scoring {scoring:.1f} s"
     return dict(
-        line=line + (f", components {waited:.1f} s" if parts else ""),
+        line=line + (f", components {waited:.1f} s" if components else ""),
         run=run.path.name,
         **done,
         photographs=seen,
@@ -326,27 +300,25 @@ def train(study, model, phase, name, seed):
     )
 
 
-def set_part_budgets(study):
+def set_component_budgets(study):
     """Components get a share of a day, however long that is."""
-    share = f"{PART * study.day_seconds() / 3600:.4g} hours"
-    PRESETS[PRESET] = PRESETS[PRESET] | dict(
-        components={part: (share, share) for part in PRESETS[PRESET]["components"]}
-    )
+    share = f"{COMPONENT_SHARE * study.day_seconds() / 3600:.4g} hours"
+    PRESETS[PRESET] |= dict(components=dict.fromkeys(PRESETS[PRESET]["components"], (share, share)))
 
 
 def scores(study, seconds):
     """Wait for all statistics; score what a broken process left unscored."""
-    set_part_budgets(study)
+    set_component_budgets(study)
     for run in [r for r in read_runs(preset=PRESET) if r.options["phase"] in PHASE_DAYS and "train" in r.options]:
         o, known = run.options, set(run.metrics().get("day", []))
         known |= {head["day"] for r, head, _ in study.pending if r.path == run.path}
         files = {int(f.stem.split("-")[1]): f for f in run.path.glob("day-*.safetensors")}
         ours = o["budget"] == str(day_budget(PRESET, study.budget()) * PHASE_DAYS[o["phase"]])
         if ours and files.keys() - known:
-            parts, sampling = study.parts(o["model"], o["phase"], o["seed"])
-            trainee = make_trainee(o["model"], o["train"], components=parts)
+            components, sampling = study.components(o["model"], o["phase"], o["seed"])
+            trainee = make_trainee(o["model"], o["train"], components=components)
             for day in sorted(files.keys() - known):
-                study.score(run, day, files[day], sampling, parts, trainee)
+                study.score(run, day, files[day], sampling, components, trainee)
     study.add_rows(wait=True)
     for task in getattr(study, "baselines", []):
         task.result()
@@ -376,13 +348,11 @@ def winners():
 
 def lanes(device_text, rehearse, chunks, work, limit, only="", wanted=None, seeds=(0,), day=0.0):
     """The lane of the stage."""
-    device, deadline = pick_device("cpu") if rehearse else torch.device(device_text), time.monotonic() + limit
-    if rehearse:
-        shrink()
-    else:
-        PRESETS[PRESET] = PRESETS[PRESET] | dict(scored=SCORED)
+    device, deadline = stage_device(device_text, rehearse), time.monotonic() + limit
+    if not rehearse:
+        PRESETS[PRESET] |= dict(scored=SCORED)
     plan = dict(models=MODELS, phase1=MODELS, winners=wanted or {}, seeds=seeds, variants=(4, 3, 2))
-    plan |= dict(day=(day, day) if day else (LEAST, math.inf))
+    plan |= dict(day=(day, day) if day else (MIN_DAY, math.inf))
     if rehearse:
         plan |= dict(day=(0.1, 0.1), variants=(2,), phase1=MODELS[:1])
     if only == "phase2":
@@ -413,11 +383,11 @@ def pack_runs(out):
 
 
 def write_tar(path, files, kind):
-    part = path.with_name(f".{path.name}.part")
-    with tarfile.open(part, f"w:{kind}", **(dict(preset=6) if kind == "xz" else {})) as tar:
+    unfinished = path.with_name(f".{path.name}.part")
+    with tarfile.open(unfinished, f"w:{kind}", **(dict(preset=6) if kind == "xz" else {})) as tar:
         for name, file in files:
             tar.add(file, name, recursive=False)
-    os.replace(part, path)
+    os.replace(unfinished, path)
     return path.stat().st_size
 
 
