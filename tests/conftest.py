@@ -1,27 +1,48 @@
-"""Every test session gets fresh folders for runs and figures, so that no test sees or touches a real run."""
+"""What all tests share: folders for runs and figures, which tests run, and in which order."""
 
 import os
 import tempfile
 
 import pytest
 
-FOLDERS = tempfile.TemporaryDirectory(prefix="faic-tests-")
+FOLDERS = tempfile.TemporaryDirectory(prefix="faic-tests-")  # no test sees or touches a real run
 os.environ["FAIC_RUNS"] = f"{FOLDERS.name}/runs"
 os.environ["FAIC_FIGURES"] = f"{FOLDERS.name}/figures"
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
+# The files that take longest, longest first: with two workers neither of them waits long for the other at the end.
+LONGEST = (
+    "test_project.py",
+    "test_phases.py",
+    "test_results.py",
+    "test_phases_bbdm.py",
+    "test_phases_coltran.py",
+    "test_trials.py",
+    "test_phase_functions.py",
+    "test_together.py",
+    "test_loop.py",
+    "test_metrics.py",
+    "test_golden_coltran.py",
+)
+
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: longer than the ten minutes of `make test` allow; run with `pytest -m slow`"
-    )
+    config.addinivalue_line("markers", "slow: too long for `make test`; run with `pytest -m slow`")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files; the others follow in the order of their names."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """A user's folder: a third of the embedded photographs as 72 files, so that an evaluation has few images to score."""
+    """A user's folder: a third of the embedded photographs as 72 files, so that an evaluation scores few images."""
     from PIL import Image
 
     from faic.dataset import load_photos

@@ -1,4 +1,4 @@
-"""The study as jobs: on this machine through submitit's local executor, and under a SLURM that only takes notes. (No real SLURM was at hand.)"""
+"""The study as jobs: on this machine through submitit's local executor, and under stand-ins for SLURM's commands."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import psutil
 import pytest
-import torch
+from feature_nets import QuarterColors
 
 import faic.cluster
 from faic.cluster import NotebookJob, arguments, last_error_line, local_slots, main, run_jobs, run_local
@@ -34,7 +34,7 @@ CPU = pick_device("cpu")
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A folder of runs of one's own, but for what the judge saw in the photographs, which takes long."""
+    """A folder of runs that shares only the features of photographs with other tests: these take long."""
     shared = runs_dir() / "data-features"
     shared.mkdir(exist_ok=True)
     (tmp_path / "runs").mkdir()
@@ -49,20 +49,20 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # three kernels
 def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
-    """Parts, then a variant, in two processes; the variant gets SLURM's warning in its training and is started again."""
-    jobs = [
-        j
-        for j in study_jobs("smoke", models=("pix2pix",), budget="60 steps")
-        if j.name in ("phase1-pix2pix-parts", "phase1-pix2pix-default")
-    ]
+    """Components, then a variant, in two processes; the variant gets SLURM's warning and is started again."""
+    jobs = study_jobs("smoke", models=("pix2pix",), budget="60 steps")[:2]
+    assert jobs[1].name == "phase1-pix2pix-default" and jobs[1].depends_on == (jobs[0].name,)
     seen = {}
 
+    def first_line():
+        for log in runs.glob("phase1-pix2pix-default-*/log.jsonl"):
+            if log.read_text().endswith("\n"):
+                return log.read_text().splitlines()[0]
+
     def warn():
-        while not (logs := list(runs.glob("phase1-pix2pix-default-*/log.jsonl"))) or not logs[0].read_text().endswith(
-            "\n"
-        ):
+        while first_line() is None:
             time.sleep(0.05)
-        seen["line"] = logs[0].read_text().splitlines()[0]
+        seen["line"] = first_line()
         for p in psutil.Process().children(recursive=True):
             if "submitit.core._submit" in p.cmdline():
                 p.send_signal(signal.SIGUSR2)
@@ -72,55 +72,56 @@ def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
     (run,) = read_runs(phase="phase1", model="pix2pix")
     assert run.metrics()["step"].tolist() == [60]
     assert "Requeued" in "".join(f.read_text() for f in (runs / "logs").glob("*.out"))
-    assert (run.path / "log.jsonl").read_text().splitlines()[0] == seen["line"], (
-        "it went on: begun anew, it would have taken other seconds"
-    )
-    executed = (runs / "study-smoke-embedded-s0" / "phase1-pix2pix-none.ipynb").read_text()
-    assert (
-        "no variant was asked for: the baselines are scored" in executed
-        and (runs / "study-smoke-embedded-s0" / "phase1-pix2pix-default.ipynb").exists()
-    )
+    line = (run.path / "log.jsonl").read_text().splitlines()[0]
+    assert line == seen["line"], "it was resumed: begun anew, it would have taken other seconds"
+    executed = runs / "study-smoke-embedded-s0"
+    assert "no variant was asked for: the baselines" in (executed / "phase1-pix2pix-none.ipynb").read_text()
+    assert (executed / "phase1-pix2pix-default.ipynb").exists()
     table = status().set_index("run")
     assert table["state"].eq("finished").all() and len(table) == 3 and table["error"].isna().all()
     assert table.loc[run.path.name, "used"] == "60 of 60 steps" and table.loc[run.path.name, "left"] == 0
     assert max(map(len, describe_status(status()).splitlines())) <= 120
-    row, files = (
-        job_row(jobs[1], photograph_counts("smoke", "embedded")),
-        [f for f in run.path.iterdir() if f.suffix in (".pt", ".safetensors")],
-    )
-    assert len(files) == 3 and sum(f.stat().st_size for f in files) == pytest.approx(row["bytes"], rel=0.03)
-    assert job_row(jobs[1], dict(train_phase1=72, validation=48))["evaluation"] > 0, (
-        "this run has measured what an evaluation takes"
-    )
+    sizes = [f.stat().st_size for f in run.path.iterdir() if f.suffix in (".pt", ".safetensors")]
+    row = job_row(jobs[1], photograph_counts("smoke", "embedded"))
+    assert len(sizes) == 3 and sum(sizes) == pytest.approx(row["bytes"], rel=0.03)
+    row = job_row(jobs[1], dict(train_phase1=72, validation=48))
+    assert row["evaluation"] > 0, "this run has measured what an evaluation takes"
+
+
+KERNEL = """
+import signal, sys, time
+file = open(sys.argv[2], "w")
+def save(*_):
+    print("saved", file=file, flush=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+print("up", file=file, flush=True)
+time.sleep(60)
+"""
 
 
 def test_ctrl_c_lets_notebooks_save(runs, monkeypatch):
-    """The notebook is a process that says so when it is asked to end."""
-    kernel = "import signal, sys, time; f = open(sys.argv[2], 'w'); say = lambda x: print(x, file=f, flush=True); signal.signal(signal.SIGTERM, lambda *_: (say('saved'), sys.exit())); say('up'); time.sleep(60)"
-    said = runs / "said"
+    """The notebook is a process that writes to a file when it is asked to end."""
+    log = runs / "kernel.log"
 
     def interrupted(jobs, slots, start):
         start(jobs[0], slots[0])
-        while not said.exists() or "up" not in said.read_text():
+        while not log.exists() or "up" not in log.read_text():
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        faic.cluster,
-        "NotebookJob",
-        lambda job, folder: functools.partial(subprocess.run, [sys.executable, "-c", kernel, "ipykernel", str(said)]),
-    )
+    command = [sys.executable, "-c", KERNEL, "ipykernel", str(log)]
+    monkeypatch.setattr(faic.cluster, "NotebookJob", lambda job, folder: functools.partial(subprocess.run, command))
     monkeypatch.setattr(faic.cluster, "run_jobs", interrupted)
     with pytest.raises(SystemExit, match="goes on from the last checkpoints"):
         run_local(study_jobs("smoke", models=("pix2pix",)), [None], runs / "logs")
-    assert said.read_text().split() == ["up", "saved"]
+    assert log.read_text().split() == ["up", "saved"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_gpu_has_one_job_at_a_time_and_sees_no_other(runs, monkeypatch):
-    monkeypatch.setattr(
-        faic.cluster, "NotebookJob", lambda job, folder: functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES")
-    )
+    visible = functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(faic.cluster, "NotebookJob", lambda job, folder: visible)
     handles = {}
 
     def keep(jobs, slots, start):
@@ -160,38 +161,45 @@ def test_the_command_names_what_failed_and_its_notebook(runs, monkeypatch, capsy
     )
     with pytest.raises(SystemExit, match="1 of 8 jobs are not done: phase1-coltran-adam"):
         main(["run", "--preset", "smoke", "--models", "coltran"])
-    assert (
-        f"phase1-coltran-adam: ValueError: no; {runs}/study-smoke-embedded-s0/phase1-coltran-adam.ipynb"
-        in capsys.readouterr().out
-    )
+    notebook = f"{runs}/study-smoke-embedded-s0/phase1-coltran-adam.ipynb"
+    assert f"phase1-coltran-adam: ValueError: no; {notebook}" in capsys.readouterr().out
 
 
 # Under SLURM.
 
 
+SBATCH = """
+n=$(ls "$D"/*.sh 2>/dev/null | wc -l)
+if [ -e "$D/refuse" ] && [ $n -ge 2 ]; then
+    echo "sbatch: error: invalid partition specified" >&2
+    exit 1
+fi
+cp "$1" "$D/$((100+n)).sh"
+echo "Submitted batch job $((100+n))"
+"""
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Commands of SLURM that take notes: each sbatch keeps the script that it was given; the third and later ones fail where `refuse` exists."""
+    """A folder of stand-ins for SLURM's commands: sbatch keeps its script, and fails from the third on if told to."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    sbatch = 'n=$(ls "$D"/*.sh 2>/dev/null | wc -l); if [ -e "$D/refuse" ] && [ $n -ge 2 ]; then echo "sbatch: error: invalid partition specified" >&2; exit 1; fi\ncp "$1" "$D/$((100+n)).sh"; echo "Submitted batch job $((100+n))"'
     for name in ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol"):
-        (folder / name).write_text(
-            f'#!/bin/bash\nD={folder}\necho {name} "$@" >> "$D/calls"\n' + (sbatch if name == "sbatch" else "")
-        )
+        script = f'#!/bin/bash\nD={folder}\necho {name} "$@" >> "$D/calls"\n'
+        (folder / name).write_text(script + (SBATCH if name == "sbatch" else ""))
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
 
 
 def asked(script):
+    """Option -> value of what a script asks SLURM for."""
     return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), re.M))
 
 
 def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
-    main(
-        "run --preset smoke --models coltran,bbdm --on slurm --partition gpu --account me --time 2-00:00:00 --slurm-extra constraint=h100 --slurm-extra mail-type=FAIL".split()
-    )
+    words = "run --preset smoke --models coltran,bbdm --on slurm --partition gpu --account me --time 2-00:00:00"
+    main([*words.split(), "--slurm-extra", "constraint=h100", "--slurm-extra", "mail-type=FAIL"])
     scripts = {asked(f)["job-name"]: (f.stem, asked(f)) for f in sorted(slurm.glob("*.sh"))}
     number = {name.removeprefix("faic-"): n for name, (n, _) in scripts.items()}
     jobs = study_jobs("smoke", models=("coltran", "bbdm"))
@@ -200,13 +208,8 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
         options = scripts[f"faic-{job.name}"][1]
         wanted = ":".join([job.dependency, *(number[n] for n in job.depends_on)]) if job.depends_on else None
         assert options.get("dependency") == wanted, job.name
-        assert (
-            options["time"],
-            options["partition"],
-            options["account"],
-            options["constraint"],
-            options["mail-type"],
-        ) == ("2880", "gpu", "me", "h100", "FAIL")
+        names = ("time", "partition", "account", "constraint", "mail-type")
+        assert [options[name] for name in names] == ["2880", "gpu", "me", "h100", "FAIL"]
         assert options["kill-on-invalid-dep"] == "yes" and "requeue" in options and options["signal"] == "USR2@600"
         assert options.get("gpus-per-node") == (None if job.name == "results" else "1")
     assert number["phase1-bbdm-l2"] in scripts["faic-phase2-bbdm-plain"][1]["dependency"]
@@ -311,20 +314,12 @@ def test_no_variant_may_be_asked_for():
 # Notebooks that run at the same time.
 
 
-class Judge(torch.nn.Module):
-    network_name, num_features = "quarters", 12
-
-    def forward(self, rgb):
-        quarters = torch.nn.functional.adaptive_avg_pool2d(rgb, 2).flatten(1)
-        return quarters, quarters.softmax(1)
-
-
 def test_baselines_are_scored_once_by_two_at_a_time(runs):
     photos = load_photos()
     for subject in ("gray", "real"):
         baseline_run("phase1", subject, "smoke", photos, CPU)
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(run_baselines, "phase1", "smoke", photos, Judge(), CPU) for _ in range(2)]
+        both = [pool.submit(run_baselines, "phase1", "smoke", photos, QuarterColors(), CPU) for _ in range(2)]
     assert [b.result() for b in both] == [None, None]
     assert [len(r.metrics()) for r in read_runs(phase="phase1", model="baseline")] == [1, 1]
 
@@ -333,68 +328,49 @@ def test_baselines_are_scored_once_by_two_at_a_time(runs):
 
 
 def made(variant, budget="100 steps", phase="phase1"):
-    return open_run(
-        dict(
-            phase=phase,
-            model="pix2pix",
-            variant=variant,
-            preset="smoke",
-            seed=0,
-            train=model_options("pix2pix", "smoke"),
-            budget=budget,
-        ),
-        CPU,
-    )
+    """A run's folder with its options alone."""
+    options = dict(phase=phase, model="pix2pix", variant=variant, preset="smoke", seed=0, budget=budget)
+    return open_run(options | dict(train=model_options("pix2pix", "smoke")), CPU)
+
+
+LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(1, flush=True)
+input()
+"""
 
 
 def test_status_of_every_kind_of_run(runs):
     running = made("default", "10 hours", "phase2")
     running.log(step=40, fraction=0.25, seconds=9000.0)
     running.log(event="continues", steps=3)
-    keep = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import fcntl; f = open({str(running.path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()",
-        ],
-        stdin=-1,
-        stdout=-1,
-    )
-    keep.stdout.readline()
+    command = [sys.executable, "-c", LOCK, str(running.path / "lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
     stopped = made("batch32")
     stopped.log(step=25, fraction=0.25, seconds=10.0)
     (stopped.path / "lock").touch()
     failed = made("beta1-0.7")
-    write_json(
-        failed.path / "error.json",
-        dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs"),
-    )
+    error = dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs")
+    write_json(failed.path / "error.json", error)
     fresh = made("lr-5e-4")
     table = status().set_index("run")
-    assert [table.loc[r.path.name, "state"] for r in (running, stopped, failed, fresh)] == [
-        "running",
-        "interrupted",
-        "failed",
-        "not begun",
-    ]
+    states = [table.loc[r.path.name, "state"] for r in (running, stopped, failed, fresh)]
+    assert states == ["running", "interrupted", "failed", "not begun"]
     one = table.loc[running.path.name]
-    assert (one["used"], one["left"], one["seconds"]) == ("1.2 of 5 days", 7.5 * 3600, 9000), (
-        "of hours, what is left is exact"
-    )
-    assert run_progress(stopped)["left"] == 30, "of steps, it goes by those made so far"
+    assert one["used"] == "1.2 of 5 days" and one["seconds"] == 9000
+    assert one["left"] == 7.5 * 3600, "of a budget in hours the rest is exact"
+    assert run_progress(stopped)["left"] == 30, "of a budget in steps the rest is estimated from the steps so far"
     assert table.loc[failed.path.name, "error"] == "ValueError: no photographs (step None, 2026-11-26T10:00:00+00:00)"
-    keep.communicate(b"\n")
+    holder.communicate(b"\n")
     assert status().set_index("run").loc[running.path.name, "state"] == "interrupted"
 
 
-def test_status_survives_damage_and_says_where(runs):
-    cut, weights, rows, options, early = (
-        made("default"),
-        made("batch32"),
-        made("beta1-0.7"),
-        made("lr-5e-4"),
-        made("default", "7 steps"),
-    )
+def test_status_survives_damage_and_names_it(runs):
+    cut, weights, rows, options = (made(variant) for variant in ("default", "batch32", "beta1-0.7", "lr-5e-4"))
+    early = made("default", "7 steps")
     (cut.path / "log.jsonl").write_text('{"step": 1, "fra\n{"step": 2, "fraction": 0.5, "seconds": 3}\n')
     (weights.path / "day-1.safetensors").write_bytes(b"\x07half a file")
     (rows.path / "metrics.csv").write_text("")
@@ -404,12 +380,12 @@ def test_status_survives_damage_and_says_where(runs):
     whole = made("default", "9 steps")
     table = status().set_index("run")
     assert len(table) == 6 and pd.isna(table.loc[whole.path.name, "error"])
-    for run, said in (
+    for run, message in (
         (cut, "JSONDecodeError"),
         (weights, "Safetensor"),
         (rows, "EmptyDataError"),
         (options, "not valid JSON"),
         (early, "options.json"),
     ):
-        assert said in table.loc[run.path.name, "error"], run.path.name
+        assert message in table.loc[run.path.name, "error"], run.path.name
     assert table.loc[early.path.name, "state"] == "damaged" and json.dumps(describe_status(table.reset_index()))

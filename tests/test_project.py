@@ -19,11 +19,13 @@ PAPERMILL = ("phase1", "phase2", "inference_time", "results", "failures", "color
 
 
 def run(*command, **kwargs):
+    """Run a command with this interpreter's programs first in PATH."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **kwargs)
 
 
 def cells(notebook, kind="code"):
+    """The cells of a kind of a notebook."""
     return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == kind]
 
 
@@ -31,21 +33,17 @@ def cells(notebook, kind="code"):
 def copy(tmp_path):
     """A copy of the sources that nbdev may write into."""
     for name in ("nbs", "faic"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("settings.ini", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
 def differing(a, b, pattern):
-    names = {f.name for folder in (a, b) for f in folder.glob(pattern)}
-    return [
-        n
-        for n in sorted(names)
-        if not (a / n).exists() or not (b / n).exists() or (a / n).read_bytes() != (b / n).read_bytes()
-    ]
+    """Names of files that only one of two folders has, or that differ."""
+    ours, theirs = ({f.name: f.read_bytes() for f in folder.glob(pattern)} for folder in (a, b))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 def test_package_is_a_fresh_export(copy):
@@ -62,9 +60,8 @@ def test_notebooks_are_clean(copy):
 
 
 def test_readme_is_the_index_notebook():
-    made = run(
-        sys.executable, "-m", "nbconvert", "--to", "markdown", "--no-input", "--stdout", ROOT / "nbs" / "index.ipynb"
-    )
+    words = ["--to", "markdown", "--no-input", "--stdout", ROOT / "nbs" / "index.ipynb"]
+    made = run(sys.executable, "-m", "nbconvert", *words)
     assert made.returncode == 0, made.stderr
     assert made.stdout == (ROOT / "README.md").read_text(), "run make readme and commit README.md"
 
@@ -81,9 +78,8 @@ def test_a_notebook_imports_only_from_smaller_numbers():
     for nb in NOTEBOOKS:
         if not nb.stem[:2].isdigit():
             continue
-        source = "\n".join(
-            "".join(c["source"]) for c in cells(nb) if re.search(r"^#\| export", "".join(c["source"]), re.M)
-        )
+        sources = ["".join(cell["source"]) for cell in cells(nb)]
+        source = "\n".join(s for s in sources if re.search(r"^#\| export", s, re.M))
         for module in re.findall(r"^\s*(?:from|import) faic\.(\w+)", source, re.M):
             assert MODULES[module] < int(nb.stem[:2]), f"{nb.name} imports faic.{module}"
         assert "import *" not in source, nb.name
@@ -92,22 +88,25 @@ def test_a_notebook_imports_only_from_smaller_numbers():
 def test_package_needs_neither_nbdev_nor_papermill():
     """Models, loop and metrics run where only torch, ignite and the scientific stack are installed."""
     modules = ", ".join(f"faic.{m}" for m in MODULES)
-    blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel torchvision submitit psutil".split()
+    blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel".split()
+    blocked += ["torchvision", "submitit", "psutil"]
     code = f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport {modules}"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
+def package(specifier):
+    """The name in a requirement such as 'torch>=2.4,<3'."""
+    return re.split(r"[<>=!~\[]", specifier)[0].lower().replace("_", "-")
+
+
 def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
-    plain = lambda spec: re.split(r"[<>=!~\[]", spec)[0].lower().replace("_", "-")
-    named = {
-        plain(s)
-        for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements")
-        for s in shlex.split(config["DEFAULT"][key])
-    }
-    pinned = {plain(l) for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l}
+    named = set()
+    for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements"):
+        named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][key])}
+    pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
 
 
