@@ -35,13 +35,13 @@ def runs(tmp_path, monkeypatch):
 
 
 def photo(seed=0, size=(90, 70)):
-    "A smooth color picture."
+    """A smooth color picture."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.BICUBIC)
 
 
 def png(width, height):
-    "A PNG that claims a size and holds no pixels."
+    """A PNG that claims a size and holds no pixels."""
     blocks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(b) - 4) + b + struct.pack(">I", zlib.crc32(b)) for b in blocks
@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 
 def prepared(folder, name, side=32):
-    "The prepared set, the manifest's row of one file, and the file's pixels (None where it was left out)."
+    """The prepared set, the manifest's row of one file, and the file's pixels (None where it was skipped)."""
     photos = load_photos(folder, side)
     row = photos.manifest.set_index("file").loc[name]
     assert sum(photos.skipped.values()) + len(photos.array) == len(photos.manifest)
@@ -481,7 +481,7 @@ def test_wrong_arguments(embedded):
 
 
 def test_the_loader_is_faster_than_the_official_steps(tmp_path):
-    """Both make the same scaled L and ab; compared is one core's CPU time, 3.8 to 4.3 times less where it was measured."""
+    """Both make the same scaled L and ab; the CPU time of one core was 3.8 to 4.3 times less where it was measured."""
     from skimage.color import rgb2lab
 
     photos = load_photos("embedded", 256)
@@ -520,7 +520,7 @@ def test_the_loader_is_faster_than_the_official_steps(tmp_path):
 
 
 def test_read_photo_never_raises(tmp_path):
-    "Random damage to files of five formats."
+    """Random damage to files of five formats."""
     rng = np.random.default_rng(0)
     for extension in ("jpg", "png", "gif", "tif", "webp"):
         photo(1).save(tmp_path / f"x.{extension}")

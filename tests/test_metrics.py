@@ -1,4 +1,4 @@
-"Metrics and intervals: equal to other libraries on many inputs; several processes; bad input; large sets."
+"""Metrics and intervals: equal to other libraries on many inputs; several processes; bad input; large sets."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CLOSE = 1e-6  # relative, what the project asks for
 
 
 def features(n, d, seed=0, offset=0.0, scale=1.0):
-    "Correlated random features with a decaying spectrum, float64."
+    """Correlated random features with a decaying spectrum, float64."""
     x = torch.randn(n, d, dtype=torch.float64, generator=make_generator("features", seed))
     mix = torch.randn(d, d, dtype=torch.float64, generator=make_generator("mix", d)) / d**0.5
     return scale * (x * torch.arange(1, d + 1) ** -0.3) @ mix + offset
@@ -278,7 +278,7 @@ def test_fid_5000_images_2048_features_within_a_minute():
         _, low, high = faic.intervals.fid_interval(x, y, paired=True)
         print(
             f"\nFID of 5000 against 5000 at 2048-d, 2 threads: {wall:.1f} s, {cpu:.1f} CPU-s;",
-            f"with its interval {time.perf_counter() - start:.0f} s more, {time.process_time() - cpu_interval:.0f} CPU-s",
+            f"its interval {time.perf_counter() - start:.0f} s more, {time.process_time() - cpu_interval:.0f} CPU-s",
         )
     finally:
         torch.set_num_threads(threads)
@@ -292,27 +292,34 @@ def test_fid_5000_images_2048_features_within_a_minute():
 
 def test_kid_equals_scikit_learn_kernels():
     x, y = features(1500, 24, 0, 0.3), features(1100, 24, 1, 0.5)
-    k = lambda a, b: polynomial_kernel(a, b, degree=3, gamma=1 / 24, coef0=1)
-    off = lambda m: m.sum() - np.trace(m)
-    expected = off(k(x, x)) / (1500 * 1499) + off(k(y, y)) / (1100 * 1099) - 2 * k(x, y).mean()
+
+    def kernel(a, b):
+        return polynomial_kernel(a, b, degree=3, gamma=1 / 24, coef0=1)
+
+    def off_diagonal(matrix):
+        return matrix.sum() - np.trace(matrix)
+
+    within = off_diagonal(kernel(x, x)) / (1500 * 1499) + off_diagonal(kernel(y, y)) / (1100 * 1099)
+    expected = within - 2 * kernel(x, y).mean()
     assert M.kid(x, y) == pytest.approx(expected, rel=CLOSE)
     assert M.kid(y, x) == pytest.approx(expected, rel=CLOSE)
     x = x[:1100]
-    assert M.kid(x, y, paired=True) == pytest.approx(
-        (off(k(x, x)) + off(k(y, y)) - 2 * off(k(x, y))) / (1100 * 1099), rel=CLOSE
-    )
+    sums = off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * off_diagonal(kernel(x, y))
+    assert M.kid(x, y, paired=True) == pytest.approx(sums / (1100 * 1099), rel=CLOSE)
     with pytest.raises(ValueError, match="equal counts"):
         M.kid(x, y[:50], paired=True)
 
 
 def test_paired_kid_is_unbiased_where_the_plain_one_is_not():
-    "Real features and the same with a little noise: 400 small sets against one large one."
+    """Real features and the same with a little noise: 400 small sets against one large one."""
     real, fake = features(4000, 16, 0, 1.0), features(4000, 16, 0, 1.0) + 0.2 * features(4000, 16, 1)
     target = M.kid(fake[:2000], real[2000:])
-    paired, plain = (
-        np.array([M.kid(f, r, paired=p) for f, r in zip(fake.split(10), real.split(10))]) for p in (True, False)
-    )
-    error = lambda v: (v.mean() - target) / (v.std() / len(v) ** 0.5)
+    sets = list(zip(fake.split(10), real.split(10)))
+    paired, plain = (np.array([M.kid(f, r, paired=pairs) for f, r in sets]) for pairs in (True, False))
+
+    def error(values):
+        return (values.mean() - target) / (values.std() / len(values) ** 0.5)
+
     assert abs(error(paired)) < 4 < abs(error(plain))
 
 
@@ -360,7 +367,7 @@ SHARDS = ((13, 8), (21, 0))  # uneven, and one process without any image
 
 
 def everything(low, high):
-    "All metrics on images low..high of N, two updates each."
+    """All metrics on images low..high of N, two updates each."""
     real = torch.randint(256, (N, 3, 16, 16), generator=make_generator("images")).float() / 255
     fake = real.roll(1, 0)
     x, y = features(N, 12, 0, 0.5), features(N, 12, 1, 0.4)
@@ -375,13 +382,11 @@ def everything(low, high):
         "colorfulness": faic.ignite_metrics.Colorfulness(),
     }
     for start in range(low, high, 5):
-        part = slice(start, min(start + 5, high))
+        some = slice(start, min(start + 5, high))
+        inputs = {"IS": x[some].softmax(1), "kept FID": (x[some], None)}
+        inputs |= dict.fromkeys(("FID", "KID", "paired KID"), (x[some], y[some]))
         for name, metric in found.items():
-            metric.update(
-                {"IS": x[part].softmax(1), "kept FID": (x[part], None)}.get(
-                    name, (x[part], y[part]) if "ID" in name else (fake[part], real[part])
-                )
-            )
+            metric.update(inputs.get(name, (fake[some], real[some])))
     return {name: metric.compute() for name, metric in found.items()}
 
 
@@ -463,11 +468,12 @@ def test_lite0_does_not_depend_on_the_batch(lite0):
 
 def test_lite0_shrinks_large_images_without_aliasing(lite0):
     large = Image.fromarray(skimage.data.astronaut())
-    tensor = lambda image: torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
-    (ours, by_pillow), skipping = (
-        (lite0(tensor(i))[0] for i in (large, large.resize((224, 224), Image.BILINEAR))),
-        lite0(tensor(large)[..., 1::2, 1::2])[0],
-    )
+
+    def tensor(image):
+        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255
+
+    ours, by_pillow = (lite0(tensor(image))[0] for image in (large, large.resize((224, 224), Image.BILINEAR)))
+    skipping = lite0(tensor(large)[..., 1::2, 1::2])[0]
     assert (ours - by_pillow).norm() < 0.1 * ours.norm() < (skipping - by_pillow).norm()
 
 
@@ -516,7 +522,7 @@ def test_inception_without_weights_says_both_ways(torchvision_models, tmp_path):
 
 
 def test_inception_is_torchvisions(torchvision_models, tmp_path):
-    "With random weights: the same 2048 pooled features and probabilities as torchvision's model after its own normalization."
+    """With random weights it computes torchvision's pooled features and probabilities."""
     net = torchvision_models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -586,7 +592,7 @@ def test_fid_interval_depends_on_the_seed_only():
 
 
 def test_fid_interval_has_the_width_it_should():
-    "300 sets of 30 pairs in 40 dimensions, paler and noisy: about as wide as the sets scatter, and narrower when pairs stay together."
+    """As wide as 300 sets of 30 pairs scatter, and narrower where pairs stay together; fakes are pale and noisy."""
 
     def sets(seed):
         scale = 0.5 + torch.rand(
@@ -673,9 +679,9 @@ def test_a_row_of_different_images_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_same_numbers_on_a_gpu():
-    on = lambda s: tuple(v.cuda() for v in s)
     row, given = one_row()
-    gpu = faic.intervals.summarize(given["per_image"], on(given["fake"]), on(given["real"]), on(given["other"]), "Net")
+    sets = [tuple(v.cuda() for v in given[name]) for name in ("fake", "real", "other")]
+    gpu = faic.intervals.summarize(given["per_image"], *sets, "Net")
     assert gpu == pytest.approx(row, rel=1e-9, nan_ok=True)
     real, fake = photos(), desaturate(photos())
     for name, values in M.image_scores(fake.cuda(), real.cuda()).items():
@@ -692,7 +698,7 @@ def test_the_same_numbers_on_a_gpu():
 
 @pytest.fixture(scope="module")
 def photo_features(lite0):
-    "Features of 1500 real photographs at 64x64, of the same in gray, and at half saturation."
+    """Features of 1500 real photographs at 64x64, of the same in gray, and at half saturation."""
     folder = repo_root().parent / "shared" / "photos256"
     if not folder.exists():
         pytest.skip(f"{folder} is not here; it holds the photographs for this test")
@@ -721,7 +727,7 @@ def photo_features(lite0):
     ],
 )
 def test_fid_and_kid_intervals_cover_on_real_photographs(photo_features, name, paired, n, draws, least):
-    "Sets of n photographs, drawn independently from 1500: how often does the interval contain the mean over all sets?"
+    """Sets of n photographs, drawn independently from 1500: how often does the interval contain the mean over all sets?"""
     fake, real = photo_features[name], photo_features["real"]
     found = {"FID": [], "KID": []}
     for seed in range(draws):
@@ -734,8 +740,8 @@ def test_fid_and_kid_intervals_cover_on_real_photographs(photo_features, name, p
             continue
         value, low, high = np.array(values).T
         covered = ((low <= value.mean()) & (value.mean() <= high)).mean()
-        print(
-            f"\n{'paired' if paired else 'unpaired'} {metric} of {name}, n={n}: {value.mean():.4g}, standard deviation {value.std(ddof=1):.3g},",
-            f"half width {(high - low).mean() / 2:.3g}; covers in {covered:.1%} of {draws} draws",
-        )
+        kind = "paired" if paired else "unpaired"
+        print(f"\n{kind} {metric} of {name}, n={n}: {value.mean():.4g},", end=" ")
+        print(f"standard deviation {value.std(ddof=1):.3g}, half width {(high - low).mean() / 2:.3g};", end=" ")
+        print(f"covers in {covered:.1%} of {draws} draws")
         assert covered >= least

@@ -1,9 +1,10 @@
-"""results.ipynb on invented runs in temporary folders: what it writes, and that what was not run says so."""
+"""results.ipynb on invented runs in temporary folders: what it writes, and that it states what was not run."""
 
 import itertools
 import json
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import papermill
@@ -136,7 +137,8 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("FAIC_FIGURES", str(tmp_path / "figures"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    plt.close("all")
 
 
 def written(folder):
