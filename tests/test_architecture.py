@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phases import TINY, Judge
+from feature_nets import QuarterColors
+from phases import TINY
 from PIL import Image
 
 import faic.phases
@@ -16,7 +17,7 @@ from faic.components import find_components
 from faic.figures import figure7
 from faic.parameters import ParameterError
 from faic.phases import run_phase1, run_phase2
-from faic.presets import ARCHITECTURES, PRESETS, default_sampling, make_colorizer, make_trainee
+from faic.presets import ARCHITECTURES, default_sampling, make_colorizer, make_trainee
 from faic.resume import load_weights
 from faic.score_tables import phase2_table
 from faic.selection import find_run, last_day, select_runs
@@ -72,7 +73,7 @@ def toy(tmp_path, monkeypatch):
     """The one place where the study learns of it, runs of one's own, and a feature network that costs nothing."""
     monkeypatch.setitem(ARCHITECTURES, "toy", TOY)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: Judge())
+    monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: QuarterColors())
 
 
 def test_the_study_works_with_a_further_architecture(photographs, toy):

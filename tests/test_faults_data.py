@@ -26,8 +26,8 @@ from faic.core import Budget, runs_dir
 from faic.dataset import load_photos, resized_for_crops, verify
 from faic.days import study_run
 from faic.evaluate import evaluate, gray_baseline
-from faic.runs import open_run, read_runs
 from faic.results import data_name, results_folder
+from faic.runs import open_run, read_runs
 
 CPU, SIDE = torch.device("cpu"), 32
 PHOTO = 3 * SIDE**2  # bytes

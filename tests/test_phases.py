@@ -146,7 +146,7 @@ def test_a_folder_of_41_photographs_is_enough(tmp_path, monkeypatch):
     runs, budget = [], Budget(3, "steps")
     for variant in ("default", "beta1-0.7"):
         run = study_run("phase1", "pix2pix", variant, "smoke", 0, photos, budget, CPU)
-        runs.append(run_days(run, photos, QuarterColors(), SAMPLING["pix2pix"], CPU))
+        runs.append(run_days(run, photos, QuarterColors(), default_sampling("pix2pix", "smoke"), CPU))
     assert "too few images for intervals" in describe_lead(write_winner(runs))
     assert "37 train, 2 validation, 2 test" in describe(photos)
 

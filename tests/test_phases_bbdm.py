@@ -115,7 +115,7 @@ def test_an_interrupted_first_stage_ends_the_same(photographs, tmp_path, monkeyp
     again = {r.path.name: weights(r) for r in read_runs(phase="component")}
     assert len(undisturbed) == 2 and all(same(again[name], undisturbed[name]) for name in undisturbed)
     steps = max(int(w["D.steps"]) for w in undisturbed.values())
-    assert steps == 30 > PRESETS["smoke"]["changes"]["vqgan_f4"]["disc_start"]
+    assert steps == 30 > PRESETS["smoke"].changes["vqgan_f4"]["disc_start"]
 
 
 @pytest.mark.parametrize("latent", ["f4", "f8", "none"])

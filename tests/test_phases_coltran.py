@@ -32,14 +32,18 @@ import faic.coltran
 import faic.coltran_checkpoints
 import faic.tf_checkpoints
 from faic.coltran import Colorizer, Upsampler
+from faic.coltran_checkpoints import external_checkpoints, official_networks
 from faic.components import find_components, prepare_components, train_component
 from faic.core import runs_dir
 from faic.dataset import load_photos
 from faic.days import run_days, run_pretrained
-from faic.parameters import check_params, external_checkpoints, official_networks
-from faic.presets import COMPONENTS, PRESETS, SAMPLING, UPSAMPLERS
+from faic.parameters import check_params
+from faic.presets import ARCHITECTURES, PRESETS, default_sampling
 from faic.resume import TrainingStopped
 from faic.runs import primary_rows, read_runs
+
+UPSAMPLERS = tuple(c.name for c in ARCHITECTURES["coltran"].components)
+SAMPLING = default_sampling("coltran", "smoke")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,9 @@ def copied_runs(coltran, tmp_path, monkeypatch):
 
 def test_phase2_alone_trains_the_components_of_both_phases(coltran_runs):
     output = printed(coltran_runs)
-    for component in COMPONENTS["coltran"]:
+    for component in UPSAMPLERS:
         first, second = (read_runs(phase="component", model=component, of=phase)[0] for phase in ("phase1", "phase2"))
-        steps, more = (int(PRESETS["smoke"]["components"][component][i].split()[0]) for i in (0, 1))
+        steps, more = (int(PRESETS["smoke"].components[component][i].split()[0]) for i in (0, 1))
         photographs = [run.options["data"]["train"] for run in (first, second)]
         assert photographs == [36, 66], "phase 1's component sees phase 1's photographs only"
         assert [run.metrics()["step"].item() for run in (first, second)] == [steps, more]
@@ -91,7 +95,7 @@ def test_each_day_has_a_row_for_either_lightness(coltran_runs):
     assert table["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert table["lightness"].tolist() == ["model", "photograph"] * 5
     (sampling,) = table["sampling"].unique()
-    own = "+".join(read_runs(phase="component", model=p, of="phase2")[0].path.name[-6:] for p in COMPONENTS["coltran"])
+    own = "+".join(read_runs(phase="component", model=p, of="phase2")[0].path.name[-6:] for p in UPSAMPLERS)
     assert sampling == f"norm=row, temperature=1, upsamplers=own:{own}" == run.options["made"]["sampling"]
     assert primary_rows(run)["lightness"].tolist() == ["model"] * 5
     assert (table.groupby("lightness")["PSNR"].mean().diff().dropna() > 0).all(), "a copied lightness raises the PSNR"
@@ -180,7 +184,7 @@ def times(*suffixes):
 def test_external_upsamplers_score_the_days_again_and_train_nothing(photographs, copied_runs, official):
     (run,) = read_runs(phase="phase2", model="coltran")
     before = times(".safetensors", ".pt", ".npy", ".jsonl")
-    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{official}")
+    photos, chosen = load_photos(photographs), SAMPLING | dict(upsamplers=f"official:{official}")
     components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, QuarterColors(), CPU)
     run_days(run, photos, QuarterColors(), sampling, CPU, components)
     rows = run.metrics().groupby("sampling")["day"].apply(list).to_dict()
@@ -194,9 +198,9 @@ def test_external_upsamplers_score_the_days_again_and_train_nothing(photographs,
 
 def test_one_external_upsampler_and_one_of_ours(photographs, copied_runs, official, tmp_path):
     shutil.copytree(official / "color_upsampler", tmp_path / "one" / "color_upsampler")
-    photos, chosen = load_photos(photographs), SAMPLING["coltran"] | dict(upsamplers=f"official:{tmp_path / 'one'}")
+    photos, chosen = load_photos(photographs), SAMPLING | dict(upsamplers=f"official:{tmp_path / 'one'}")
     components, sampling = prepare_components("coltran", "phase2", "smoke", 0, photos, chosen, QuarterColors(), CPU)
-    own, _ = prepare_components("coltran", "phase2", "smoke", 0, photos, SAMPLING["coltran"], QuarterColors(), CPU)
+    own, _ = prepare_components("coltran", "phase2", "smoke", 0, photos, SAMPLING, QuarterColors(), CPU)
     assert list(components) == list(own)
     assert components["coltran_color"].head.in_features == 8, "not the external color upsampler"
     spatial_heads = [nets["coltran_spatial"].head.weight for nets in (components, own)]
@@ -207,7 +211,7 @@ def test_one_external_upsampler_and_one_of_ours(photographs, copied_runs, offici
 
 def test_an_external_model_is_scored_once_beside_ours(photographs, official, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    photos, sampling = load_photos(photographs), SAMPLING["coltran"] | dict(temperature=0.0)
+    photos, sampling = load_photos(photographs), SAMPLING | dict(temperature=0.0)
     for _ in range(2):
         run = run_pretrained("coltran", f"official:{official}", "smoke", 0, photos, QuarterColors(), sampling, CPU)
     assert run.path.name.startswith("phase2-coltran-pretrained-smoke-s0-")
@@ -222,16 +226,16 @@ def test_external_checkpoints_are_checked_first(official, tmp_path):
             check_params(dict(upsamplers=value), upsamplers=external_checkpoints("own", networks, side))
         return str(error.value)
 
-    assert external_checkpoints("own", ("colorizer", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
+    assert external_checkpoints("own", ("coltran", *UPSAMPLERS), 64)(f"official:{official}") == f"official:{official}"
     assert "color_upsampler is for 16x16 pixels, not 64x64" in refused(f"official:{official}", side=256)
     assert "need the preset paper" in refused(f"official:{official}", side=256)
     shutil.copytree(official, tmp_path / "cut")
     (data,) = (tmp_path / "cut" / "spatial_upsampler").glob("*.data-00002*")
     data.write_bytes(data.read_bytes()[:-1])
     assert "is cut off" in refused(f"official:{tmp_path / 'cut'}")
-    assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("colorizer", *UPSAMPLERS))
-    native = ("colorizer", "color_upsampler")  # of a ColTran that works at the photographs' side: these are for 16x16
-    assert list(official_networks(f"official:{official}", 16, native)) == list(native)
+    assert "not there: colorizer" in refused(f"official:{tmp_path}/nothing", ("coltran", *UPSAMPLERS))
+    native = ("coltran", "coltran_color")  # of a ColTran that works at the photographs' side: these are for 16x16
+    assert list(official_networks(f"official:{official}", native, 16)) == list(native)
     assert "colorizer is for 16x16 pixels, not 64x64" in refused(f"official:{official}", native)
 
 
@@ -243,8 +247,8 @@ def test_colorize_with_coltran(coltran_runs):
 
 def test_a_run_without_its_components_says_what_is_missing(copied_runs):
     (run,) = read_runs(phase="phase2", model="coltran")
-    assert find_components(run, SAMPLING["coltran"], CPU).keys() == set(COMPONENTS["coltran"])
+    assert find_components(run, SAMPLING, CPU).keys() == set(UPSAMPLERS)
     for folder in runs_dir().glob("component-coltran_spatial-*"):
         shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="needs its (part|component) coltran_spatial"):
-        find_components(run, SAMPLING["coltran"], CPU)
+        find_components(run, SAMPLING, CPU)

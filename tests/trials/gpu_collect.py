@@ -15,9 +15,9 @@ from safetensors.torch import load, save
 
 from faic.components import PHASE_DAYS
 from faic.core import Budget, repo_root, runs_dir, short_hash, write_bytes
-from faic.presets import MODELS
-from faic.selection import select_runs
+from faic.presets import ARCHITECTURES
 from faic.results import results_folder
+from faic.selection import select_runs
 
 STAGES = ("check", "speed", "train")
 
@@ -157,14 +157,14 @@ def collect(came, name):
     days = {o["phase"]: Budget.parse(o["budget"]) for o in options if o["phase"] in PHASE_DAYS and "budget" in o}
     for budget in sorted({str(b * (1 / PHASE_DAYS[phase])) for phase, b in days.items()}):
         found["selection"] = selection_of(name, budget, sorted({o["seed"] for o in options if o["phase"] == "phase2"}))
-        print(f"collect: python -m faic.study notebook results -p preset gpu -p data {name} -p budget '{budget}'")
+        print(f"collect: faic run results -p preset gpu -p data {name} -p budget '{budget}'")
     return found
 
 
 def selection_of(name, budget, seeds):
     """How many of the runs `results` would use with this budget, and why not the others."""
     days = str(Budget.parse(budget) * PHASE_DAYS["phase2"])
-    budgets = {(phase, m): b for m in MODELS for phase, b in (("phase1", budget), ("phase2", days))}
+    budgets = {(phase, m): b for m in ARCHITECTURES for phase, b in (("phase1", budget), ("phase2", days))}
     selection = select_runs("gpu", name, seeds[0], budgets, len(seeds))
     used, skipped = len(selection.all_runs()), [sentence for *_, sentence in selection.skipped]
     print(f"collect: with the budget {budget}, `results` uses {used} runs", *skipped, sep="\n  ")

@@ -42,8 +42,8 @@ def shrink():
     changes |= {f"vqgan_{latent}{kind}": vqgan for latent in ("f4", "f8", "f16") for kind in ("", "_plain")}
     for preset, low in (("gpu", dict(low=32)), ("paper", {})):
         mine = {m: c | (low if m in ("coltran", "coltran_color") else {}) for m, c in changes.items()}
-        PRESETS[preset] |= dict(changes=mine, sampling=dict(bbdm=dict(sample_steps=3)))
-    PRESETS["gpu"] |= dict(scored=4)
+        PRESETS[preset].changes, PRESETS[preset].sampling = mine, dict(bbdm=dict(sample_steps=3))
+    PRESETS["gpu"].scored = 4
     PHASE_DAYS["phase2"] = 2
     PRECISIONS.pop("TF32", None)  # a CPU has none
 

@@ -30,13 +30,13 @@ from faic.evaluate import evaluate, features_of, sample_rows
 from faic.intervals import summarize
 from faic.metrics import efficientnet_lite0
 from faic.presets import (
-    MODELS,
-    PAPER_FID,
-    PAPER_WINNER,
+    ARCHITECTURES,
     PRESETS,
     components_of,
     day_budget,
     default_sampling,
+    default_variant,
+    default_variants,
     describe_sampling,
     make_colorizer,
     make_trainee,
@@ -46,6 +46,7 @@ from faic.runs import keep_samples, primary_rows, read_runs
 from faic.selection import phase1_winner, write_winner
 from faic.trainer import train_day
 
+MODELS = tuple(ARCHITECTURES)
 PRESET = "gpu"
 EVAL_BATCH = dict(cuda=250, cpu=10)  # photographs that are colorized together when they are scored
 SCORED = 1000  # photographs of a split
@@ -228,7 +229,7 @@ def day_length(plan, scoring, making, left):
     for variants in plan["variants"]:
         days, other = 0.0, 0.0
         for model, s in scoring.items():
-            number = min(variants, len(PAPER_FID[model])) if model in plan["phase1"] else 0
+            number = min(variants, len(default_variants(model))) if model in plan["phase1"] else 0
             components, seeds = component_days(model), len(plan["seeds"])
             days += number + seeds * (PHASE_DAYS["phase2"] + components)
             other += (number + seeds) * (making[model] + RUN) + (number + seeds * PHASE_DAYS["phase2"]) * s
@@ -241,7 +242,7 @@ def day_length(plan, scoring, making, left):
 def variant(study, model, name, seconds):
     """A variant of phase 1, or nothing where it was left out."""
     known = json.loads((study.work / "day.json").read_text())
-    if list(PAPER_FID[model]).index(name) >= known["variants"]:
+    if default_variants(model).index(name) >= known["variants"]:
         return dict(line="left out: too little time")
     return train(study, model, "phase1", name, 0)
 
@@ -264,7 +265,7 @@ def phase2(study, model, seed, deadline, seconds):
     elif not name:
         name, why = winners().get(model), "the winner of an earlier phase 1 on this machine"
     if not name:
-        name, why = PAPER_WINNER[model], "the paper's winner"
+        name, why = default_variant(model), "the paper's winner"
     found = train(study, model, "phase2", name, seed)
     return found | dict(line=f"{found['line']}; {name} is {why}", variant=name, why=why)
 
@@ -303,7 +304,7 @@ def train(study, model, phase, name, seed):
 def set_component_budgets(study):
     """Components get a share of a day, however long that is."""
     share = f"{COMPONENT_SHARE * study.day_seconds() / 3600:.4g} hours"
-    PRESETS[PRESET] |= dict(components=dict.fromkeys(PRESETS[PRESET]["components"], (share, share)))
+    PRESETS[PRESET].components = dict.fromkeys(PRESETS[PRESET].components, (share, share))
 
 
 def scores(study, seconds):
@@ -350,7 +351,7 @@ def lanes(device_text, rehearse, chunks, work, limit, only="", wanted=None, seed
     """The lane of the stage."""
     device, deadline = stage_device(device_text, rehearse), time.monotonic() + limit
     if not rehearse:
-        PRESETS[PRESET] |= dict(scored=SCORED)
+        PRESETS[PRESET].scored = SCORED
     plan = dict(models=MODELS, phase1=MODELS, winners=wanted or {}, seeds=seeds, variants=(4, 3, 2))
     plan |= dict(day=(day, day) if day else (MIN_DAY, math.inf))
     if rehearse:
@@ -366,7 +367,7 @@ def lanes(device_text, rehearse, chunks, work, limit, only="", wanted=None, seed
             return Item(name, lambda seconds: work(study, *args, seconds=seconds), limit, least, reserve)
 
         items = [of("photographs", photographs, limit=60), of("day", measure_days, deadline, limit=60)]
-        items += [of(f"phase1 {m} {v}", variant, m, v) for m in plan["phase1"] for v in PAPER_FID[m]]
+        items += [of(f"phase1 {m} {v}", variant, m, v) for m in plan["phase1"] for v in default_variants(m)]
         items += [of(f"phase2 {m} seed {s}", phase2, m, s, deadline, limit=480) for s in seeds for m in MODELS]
         return items + [of("scores", scores, limit=60, reserve=0)]
 

@@ -34,11 +34,11 @@ def work(model, precision):
     from faic.core import Budget, pick_device
     from faic.dataset import load_photos
     from faic.days import run_days, study_run
-    from faic.presets import COMPONENTS, PRESETS, default_sampling
+    from faic.presets import PRESETS, all_components, default_sampling
 
-    names = [name for components in COMPONENTS.values() for name in components]
-    PRESETS["smoke"]["components"] = dict.fromkeys(names, (f"{STEPS} steps", f"{STEPS} steps"))
-    for changes in PRESETS["smoke"]["changes"].values():
+    names = list(all_components())
+    PRESETS["smoke"].components = dict.fromkeys(names, (f"{STEPS} steps", f"{STEPS} steps"))
+    for changes in PRESETS["smoke"].changes.values():
         changes["precision"] = precision
     print("ready", flush=True)
     photos, cpu, feature_net = load_photos(), pick_device("cpu"), QuarterColors()
