@@ -129,12 +129,12 @@ def save_drawing(
     fig, # matplotlib Figure, closed afterwards
     folder:Path,
     name:str, # file name without its ending
-)->Path: # of the PNG
+)->Path: # of the PNG file
     "Save a figure and free its memory."
     import matplotlib.pyplot as plt
-    save_figure(fig, folder, name)
+    file = save_figure(fig, folder, name)
     plt.close(fig)
-    return Path(folder)/f'{name}.png'
+    return file
 
 # %% ../nbs/57_results.ipynb #57a10010
 def runs_text(selection:RunSelection)->str: # Markdown

@@ -14,6 +14,7 @@ import faic.phases
 from faic.parameters import ParameterError, own_parameters
 from faic.phases import run_phase1, run_phase2
 from faic.presets import ARCHITECTURES
+from faic.results import make_results
 
 JUPYTER = ("papermill", "nbdev", "IPython", "ipykernel", "nbclient", "nbformat", "fastcore", "execnb")
 
@@ -39,6 +40,10 @@ def test_a_function_has_its_notebook_s_parameters(notebook, function):
     own = {n for a in ARCHITECTURES.values() for n in own_parameters(a)}
     shared = {n: p.default for n, p in inspect.signature(function).parameters.items() if n != "own"}
     assert {n: v for n, v in shown.items() if n not in own} == shared and own <= set(shown)
+
+
+def test_the_page_of_results_has_its_notebook_s_parameters():
+    assert parameters("results") == {n: p.default for n, p in inspect.signature(make_results).parameters.items()}
 
 
 def test_phase1_and_phase2_return_what_the_notebooks_show(photographs, quick):
@@ -79,16 +84,20 @@ for name in {JUPYTER}:
     sys.modules[name] = None
 sys.path.insert(0, {str(NBS.parent / "tests")!r})
 import faic.phases
+from faic.results import make_results
 from feature_nets import QuarterColors
 faic.phases.efficientnet_lite0 = lambda device: QuarterColors()
 found = faic.phases.run_phase1("pix2pix", data=sys.argv[1], variants="default", budget="1 steps", device="cpu")
 print(found.messages)
+page = make_results(data=sys.argv[1], budget="1 steps")
+print(len(page.tables), "tables", len(page.figures), "figures")
 """
 
 
 def test_the_functions_need_no_jupyter(photographs, tmp_path):
     """In a process in which none of these packages can be imported."""
-    environment = dict(os.environ, FAIC_RUNS=str(tmp_path / "runs"))
+    environment = dict(os.environ, FAIC_RUNS=str(tmp_path / "runs"), FAIC_FIGURES=str(tmp_path / "figures"))
     command = [sys.executable, "-c", WITHOUT_JUPYTER, str(photographs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "one variant alone wins nothing" in done.stdout, done.stderr[-2000:]
+    assert "8 tables 12 figures" in done.stdout and len(list((tmp_path / "figures").glob("*/figure*.png"))) == 12
