@@ -20,8 +20,8 @@ from .coltran_figure import figure1
 from .core import randint_sampler, sample_per_image
 from .head_loss import bits_per_symbol, head_bits
 
-# %% ../nbs/21_coltran.ipynb #3fef6b9f
-_all_ = ['bits_per_symbol', 'figure1', 'head_bits'] # offered here, too
+# %% ../nbs/21_coltran.ipynb #62e740b4
+_all_ = ['bits_per_symbol', 'figure1', 'head_bits'] # of other chapters, importable from this one, too
 
 # %% ../nbs/21_coltran.ipynb #c0148213
 def rgb_to_bins(

@@ -35,11 +35,13 @@ def _component_rows(blocks): # the blocks of one layer
         rows += [_row(text.strip(), _context_of(layer, dim)) for text, layer in components.items()]
     return rows
 
-# %% ../nbs/18_coltran_figure.ipynb #059444b7
+# %% ../nbs/18_coltran_figure.ipynb #444f722c
+_LEFT, _WIDTH = (1.14, 3.24, 5.34), 1.72 # left edges and width of the three columns, inches
+
 def _draw_decoder(ax, left, title, first, blocks, last, axes=2): # encoder or decoder; `axes` blocks make a layer
     from faic.drawing import box_column
     rows = [_row(first), *_component_rows(blocks[:axes]), _row(last)]
-    return box_column(ax, left, 4.95, 1.72, title, rows, len(blocks)//axes)
+    return box_column(ax, left, 4.95, _WIDTH, title, rows, len(blocks)//axes)
 
 def _draw_upsampler(ax, left, title, net):
     from faic.drawing import box_column
@@ -47,9 +49,43 @@ def _draw_upsampler(ax, left, title, net):
     rows = [_row(f'vectors of {bits} bits and of gray;\nmix, add positions'),
             _row('row, column attention,\nfeed-forward, as above'),
             _row(f'{net.head.out_features} logits, the largest')]
-    return box_column(ax, left, 1.5, 1.72, f'{title}\n{_count(net):,} parameters', rows, len(net.encoder.blocks)//2)
+    return box_column(ax, left, 1.5, _WIDTH, f'{title}\n{_count(net):,} parameters', rows, len(net.encoder.blocks)//2)
 
-# %% ../nbs/18_coltran_figure.ipynb #b5e1290f
+# %% ../nbs/18_coltran_figure.ipynb #c0ada546
+def _draw_colorizer(ax, net): # to the boxes of its gray picture and of its symbols
+    from faic.drawing import arrow, box
+    side = len(net.encoder.positions.rows)
+    size = f'{_count(net):,} parameters, {net.head.in_features} channels, {net.inner[0].heads} heads'
+    box(ax, _LEFT[0] - .09, 1.73, 6.1, 3.69, title=f'Colorizer: {size}')
+    encoder = _draw_decoder(ax, _LEFT[0], 'Encoder', 'a vector for each gray level;\nadd positions',
+                            net.encoder.blocks, 'z, a vector for each pixel')
+    outer = _draw_decoder(ax, _LEFT[1], 'Outer decoder', 'a vector for each symbol;\nadd positions, z',
+                          net.outer, 'shift down one row: above')
+    inner = _draw_decoder(ax, _LEFT[2], 'Inner decoder', 'shift right by one pixel;\nadd positions, z, above',
+                          net.inner, f'norm; {net.head.out_features} logits', axes=1)
+    gray = box(ax, .05, 3.2, .8, .36, f'gray\n{side}x{side}')
+    symbols = box(ax, _LEFT[2], 1.88, _WIDTH, .36, f'symbols {side}x{side},\n{net.head.out_features} colors')
+    arrow(ax, gray, encoder, at=.6)
+    arrow(ax, encoder, outer, text='z')
+    arrow(ax, encoder, inner, 'top', corners=[(_LEFT[0] + .86, 5.06), (_LEFT[2] + .86, 5.06)], text='z')
+    arrow(ax, outer, inner, at=.75, text='above')
+    arrow(ax, inner, symbols, 'bottom', .72, text='draw')
+    arrow(ax, symbols, inner, 'top', .28, text='pixels to\nthe left')
+    arrow(ax, symbols, outer, 'left', text='rows\nabove')
+    return gray, symbols
+
+def _draw_spatial(ax, spatial, low, small_gray, fine): # the spatial upsampler, its gray picture and its result
+    from faic.drawing import arrow, box
+    side = len(spatial.encoder.positions.rows)
+    up_space = _draw_upsampler(ax, _LEFT[0], 'Spatial upsampler', spatial)
+    gray = box(ax, .05, .88, .8, .36, f'gray\n{side}x{side}')
+    result = box(ax, .05, .2, .8, .36, f'colors\n{side}x{side}')
+    arrow(ax, gray, small_gray, 'top', text=f'means of\n{side//low}x{side//low}')
+    arrow(ax, fine, up_space, 'left')
+    arrow(ax, gray, up_space)
+    arrow(ax, up_space, result, 'left', .28)
+
+# %% ../nbs/18_coltran_figure.ipynb #fe279d29
 def figure1(
     colorizer, # a Colorizer; weights are not read, so all networks may be on the meta device
     color, # an Upsampler
@@ -57,44 +93,17 @@ def figure1(
 ):# -> matplotlib Figure
     "Figure 1: the structure of ColTran, drawn from its networks."
     from faic.drawing import arrow, box, diagram
+    fig, ax = diagram(7.2, 5.47)
     low = len(colorizer.encoder.positions.rows)
-    (fig, ax), x, width = diagram(7.2, 5.47), (1.14, 3.24, 5.34), 1.72
-    size = f'{_count(colorizer):,} parameters, {colorizer.head.in_features} channels, {colorizer.inner[0].heads} heads'
-    box(ax, x[0] - .09, 1.73, 6.1, 3.69, title=f'Colorizer: {size}')
-    encoder = _draw_decoder(ax, x[0], 'Encoder', 'a vector for each gray level;\nadd positions',
-                            colorizer.encoder.blocks, 'z, a vector for each pixel')
-    outer = _draw_decoder(ax, x[1], 'Outer decoder', 'a vector for each symbol;\nadd positions, z',
-                          colorizer.outer, 'shift down one row: above')
-    inner = _draw_decoder(ax, x[2], 'Inner decoder', 'shift right by one pixel;\nadd positions, z, above',
-                          colorizer.inner, f'norm; {colorizer.head.out_features} logits', axes=1)
-    up_color = _draw_upsampler(ax, x[2], 'Color upsampler', color)
-    gray = box(ax, .05, 3.2, .8, .36, f'gray\n{low}x{low}')
-    symbols = box(ax, x[2], 1.88, width, .36, f'symbols {low}x{low},\n{colorizer.head.out_features} colors')
-    fine = box(ax, x[1] + .2, .72, 1.32, .36, f'colors {low}x{low},\n8 bits a channel')
-    arrow(ax, gray, encoder, at=.6)
-    arrow(ax, encoder, outer, text='z')
-    arrow(ax, encoder, inner, 'top', corners=[(x[0] + .86, 5.06), (x[2] + .86, 5.06)], text='z')
-    arrow(ax, outer, inner, at=.75, text='above')
-    arrow(ax, inner, symbols, 'bottom', .72, text='draw')
-    arrow(ax, symbols, inner, 'top', .28, text='pixels to\nthe left')
-    arrow(ax, symbols, outer, 'left', text='rows\nabove')
+    gray, symbols = _draw_colorizer(ax, colorizer)
+    up_color = _draw_upsampler(ax, _LEFT[2], 'Color upsampler', color)
+    fine = box(ax, _LEFT[1] + .2, .72, 1.32, .36, f'colors {low}x{low},\n8 bits a channel')
     arrow(ax, symbols, up_color, 'bottom', .72)
-    arrow(ax, gray, up_color, at=.25, corners=[(.95, 3.29), (.95, 1.615), (x[2] + .3, 1.615)])
+    arrow(ax, gray, up_color, at=.25, corners=[(.95, 3.29), (.95, 1.615), (_LEFT[2] + .3, 1.615)])
     arrow(ax, up_color, fine, 'left', .59)
     if spatial is not None:
-        _draw_spatial(ax, x[0], spatial, gray, fine, low)
+        _draw_spatial(ax, spatial, low, gray, fine)
     contexts = [context for _, context, _ in _component_rows([*colorizer.outer, *colorizer.inner]) if context]
     for i, context in enumerate(dict.fromkeys(contexts)): # the legend
-        box(ax, x[1] + .2, .38 - .23*i, 1.32, .185, 'scale, shift by', context, color=READ_COLORS[context])
+        box(ax, _LEFT[1] + .2, .38 - .23*i, 1.32, .185, 'scale, shift by', context, color=READ_COLORS[context])
     return fig
-
-def _draw_spatial(ax, left, spatial, small_gray, fine, low): # the spatial upsampler, its gray picture and its result
-    from faic.drawing import arrow, box
-    side = len(spatial.encoder.positions.rows)
-    up_space = _draw_upsampler(ax, left, 'Spatial upsampler', spatial)
-    gray = box(ax, .05, .88, .8, .36, f'gray\n{side}x{side}')
-    result = box(ax, .05, .2, .8, .36, f'colors\n{side}x{side}')
-    arrow(ax, gray, small_gray, 'top', text=f'means of\n{side//low}x{side//low}')
-    arrow(ax, fine, up_space, 'left')
-    arrow(ax, gray, up_space)
-    arrow(ax, up_space, result, 'left', .28)

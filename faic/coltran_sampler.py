@@ -249,6 +249,12 @@ def _graph(f, device): # f() on fixed buffers -> its replay
             graph.replay()
     return replay
 
+def _row_drawer(s): # () -> None: draws a row of the buffers s; on CUDA a recorded graph does
+    def draw_row():
+        sample_row(s)
+    device = s.table.device
+    return _graph(draw_row, device) if device.type == 'cuda' else draw_row
+
 # %% ../nbs/22_coltran_sampler.ipynb #7215fb22
 @torch.no_grad()
 def make_cached_sampler(
@@ -262,13 +268,7 @@ def make_cached_sampler(
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
     s, device = RowBuffers(net, batch, temperature), net.pixel.weight.device
-    H, W, D = s.size
-
-    def draw_row():
-        sample_row(s)
-
-    if device.type == 'cuda':
-        draw_row = _graph(draw_row, device)
+    (H, W, D), draw_row = s.size, _row_drawer(s)
 
     def wide():
         return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bfloat16')
@@ -338,6 +338,7 @@ class _BatchSampler:
             self.samplers[size] = make_cached_sampler(self.net, size, o.temperature, o.norm, o.precision)
         return self.samplers[size](gray, generators)
 
+# %% ../nbs/22_coltran_sampler.ipynb #7d1f39db
 def coltran_stages(
     colorizer:Colorizer,
     color:Upsampler,

@@ -22,7 +22,7 @@ def bits_per_symbol(
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())/math.log(2)
 
-# %% ../nbs/17_head_loss.ipynb #5121ea10
+# %% ../nbs/17_head_loss.ipynb #b31f186b
 ROWS = {'cpu': 2**10, 'cuda': 2**17} # pixels whose logits are in memory at a time
 
 def _chunk_loss(x, weight, bias, labels, dtype): # (n,D), (K,D), (K,) or None, (n,1) -> nats, exp(logits), its sum
@@ -35,6 +35,7 @@ def _chunk_loss(x, weight, bias, labels, dtype): # (n,D), (K,D), (K,) or None, (
 def _zeros(like, dtype, wanted): # where a gradient is summed; None where it is not wanted
     return torch.zeros_like(like, dtype=dtype) if wanted else None
 
+# %% ../nbs/17_head_loss.ipynb #9da8fa4c
 class HeadBits(torch.autograd.Function):
     "The bits of a linear head. The forward pass makes the gradients that are wanted, so no logits are kept."
     @staticmethod
