@@ -139,7 +139,7 @@ def test_a_gpu_has_one_job_at_a_time_and_sees_no_other(runs, monkeypatch):
     assert {s for s, _ in handles.values()} == {3, 5}
 
 
-def test_a_failure_says_its_last_line(runs, monkeypatch):
+def test_a_failure_is_reported_by_its_last_line(runs, monkeypatch):
     def stopped(*_):
         raise SystemExit(
             "\nphase1 {'model': 'bbdm'} stopped:\nOutOfMemoryError: too small\nThe whole notebook: /out.ipynb"
@@ -215,11 +215,8 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
     assert number["phase1-bbdm-l2"] in scripts["faic-phase2-bbdm-plain"][1]["dependency"]
     (logs,) = (runs / "study-smoke-embedded-s0" / "jobs").iterdir()
     kept = submitit.core.utils.DelayedSubmission.load(logs / f"{number['phase1-bbdm-l2']}_submitted.pkl")
-    assert (
-        kept.function.job == next(j for j in jobs if j.name == "phase1-bbdm-l2")
-        and kept._timeout_countdown == 100
-        and kept._timeout_min == 2880
-    )
+    assert kept.function.job == next(j for j in jobs if j.name == "phase1-bbdm-l2")
+    assert (kept._timeout_countdown, kept._timeout_min) == (100, 2880)
     assert f"{number['results']} faic-results" in capsys.readouterr().out
     again = kept._checkpoint_function()
     assert (again.function.job, again.function.folder) == (kept.function.job, kept.function.folder)
@@ -227,10 +224,12 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
 
 def test_slurm_refuses_half_way(slurm, runs):
     (slurm / "refuse").touch()
-    with pytest.raises(
-        SystemExit, match="(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"
-    ):
+    refused = "(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"
+    with pytest.raises(SystemExit, match=refused):
         main("run --preset smoke --on slurm --partition nowhere".split())
+
+
+NOT_PRINTED = ("error", "output", "open-mode", "wckey", "nodes")  # options that submitit adds
 
 
 def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
@@ -242,18 +241,15 @@ def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
     names = {f.stem: asked(f)["job-name"] for f in slurm.glob("*.sh")}
     for file, line in zip(sorted(slurm.glob("*.sh")), own, strict=True):
         flags = dict(re.findall(r"--([\w-]+)(?:=(\S+))?", f"{shared} {line}"))
-        submitted = {
-            k: v for k, v in asked(file).items() if k not in ("error", "output", "open-mode", "wckey", "nodes")
-        }
-        submitted |= (
-            dict(dependency=re.sub(r"\d+", lambda n: f"<{names[n[0]].removeprefix('faic-')}>", submitted["dependency"]))
-            if "dependency" in submitted
-            else {}
-        )
+        submitted = {k: v for k, v in asked(file).items() if k not in NOT_PRINTED}
+        if "dependency" in submitted:
+            kind, *numbers = submitted["dependency"].split(":")
+            jobs = [f"<{names[number].removeprefix('faic-')}>" for number in numbers]
+            submitted |= dict(dependency=":".join([kind, *jobs]))
         assert flags == submitted
 
 
-# What the command line is told.
+# Arguments of the command line.
 
 
 def test_seeds_are_jobs_of_their_own_and_share_a_winner():
@@ -261,24 +257,17 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
     assert len(jobs) == 3 * 6 + 2
     variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in default_variants("pix2pix")]
     for seed in (0, 1, 2):
-        assert all(
-            jobs[v].depends_on == (f"phase1-pix2pix-parts-s{seed}",) and jobs[v].parameters["seed"] == seed
-            for v in variants
-            if v.endswith(f"s{seed}")
-        )
+        for job in [jobs[name] for name in variants if name.endswith(f"s{seed}")]:
+            assert job.depends_on == (f"phase1-pix2pix-parts-s{seed}",) and job.parameters["seed"] == seed
         last = jobs[f"phase2-pix2pix-s{seed}"]
-        assert last.depends_on == tuple(variants) and (last.parameters["seeds"], last.parameters["only_seed"]) == (
-            3,
-            str(seed),
-        )
-    assert (
-        jobs["inference_time"].depends_on == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2))
-        and jobs["results"].parameters["seeds"] == 3
-    )
+        assert last.depends_on == tuple(variants)
+        assert (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
+    assert jobs["inference_time"].depends_on == tuple(f"phase2-pix2pix-s{s}" for s in (0, 1, 2))
+    assert jobs["results"].parameters["seeds"] == 3
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "words, message",
     [
         ("run", "needs a folder of 100000 photographs"),
         ("run --data /nowhere", "is no folder"),
@@ -290,10 +279,10 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
         ("plan --seeds 0", "expected 1 or more"),
     ],
 )
-def test_mistakes_are_told_at_once(given, said, capsys):
+def test_mistakes_are_reported_at_once(words, message, capsys):
     with pytest.raises(SystemExit):
-        arguments(given.split())
-    assert said in capsys.readouterr().err
+        arguments(words.split())
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_empty_folder(tmp_path):
         load_photos(tmp_path / "empty", 32)
 
 
-def test_too_few_says_why(folder):
+def test_too_few_photographs_is_an_error_with_reasons(folder):
     (folder / "00.png").write_bytes(b"")
     (folder / "01.png").write_text("text")
     for _ in range(2):  # also when it was prepared before

@@ -131,7 +131,7 @@ def test_the_way_to_begin_anew(folder, tmp_path, capsys):
     assert len(load_photos(folder, SIDE).array) == 41
 
 
-def test_a_changed_folder_that_no_run_needs_is_prepared_anew_and_said(folder, capsys):
+def test_a_changed_folder_that_no_run_needs_is_prepared_anew(folder, capsys):
     first = load_photos(folder, SIDE)
     (folder / "07.bmp").unlink()
     save(folder, 98)
@@ -238,12 +238,12 @@ def overwrite(path, first, row_bytes=PHOTO, rows=None):
 @pytest.mark.parametrize(
     "damage", [lambda p: cut(p, 3), lambda p: overwrite(p, 3), Path.unlink, lambda p: p.write_bytes(b"")]
 )
-@pytest.mark.parametrize("given", ["photographs", "prepared"])
-def test_a_damaged_array_is_repaired_from_the_photographs(folder, damage, given, capsys):
+@pytest.mark.parametrize("source", ["photographs", "prepared"])
+def test_a_damaged_array_is_repaired_from_the_photographs(folder, damage, source, capsys):
     first = load_photos(folder, SIDE)
     whole = (first.folder / "pixels.u8").read_bytes()
     damage(first.folder / "pixels.u8")
-    again = load_photos(folder if given == "photographs" else first.folder, SIDE)
+    again = load_photos(folder if source == "photographs" else first.folder, SIDE)
     assert again.fingerprint == first.fingerprint and (first.folder / "pixels.u8").read_bytes() == whole
     assert not (first.folder / "pixels.u8.damaged").exists()
     assert "pixels.u8 is damaged" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """BBDM against numbers of the official code.
 
-A set has arrays.npz and the official last_model.pth; golden.py says where sets lie. The repository's set has no
+A set has arrays.npz and the official last_model.pth; golden.py lists where sets lie. The repository's set has no
 checkpoint: the test writes it from weights that follow from each tensor's name and a seed.
 """
 

@@ -1,7 +1,7 @@
 """ColTran against numbers of the official code.
 
 A set has configs.json, whose keys are <case>_<network>, and files whose names begin with a case: <key>_variables.npz,
-<key>_io.npz and others. golden.py says where sets lie. A set without variables is completed by the recipe of its
+<key>_io.npz and others. golden.py lists where sets lie. A set without variables is completed by the recipe of its
 README.
 """
 

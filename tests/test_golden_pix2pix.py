@@ -1,6 +1,6 @@
 """Pix2Pix against numbers of the official code.
 
-A set has arrays.npz, latest_net_G.pth and latest_net_D.pth; golden.py says where sets lie.
+A set has arrays.npz, latest_net_G.pth and latest_net_D.pth; golden.py lists where sets lie.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """The VQGAN, BBDM's first stage, against numbers of the official code.
 
-A set has arrays.npz and the official model.ckpt; golden.py says where sets lie. The repository's set has no checkpoint:
-the test writes it from weights that follow from each tensor's name and a seed.
+A set has arrays.npz and the official model.ckpt; golden.py lists where sets lie. The repository's set has no
+checkpoint: the test writes it from weights that follow from each tensor's name and a seed.
 """
 
 import copy

@@ -48,8 +48,8 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("name", together.TRAINEES)
-def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(tmp_path, name):
-    """bfloat16, with channels last: two days in one go, and with a new trainer for the second."""
+def test_a_resumed_run_in_half_precision_is_the_same_to_the_bit(tmp_path, name):
+    """In bfloat16 with channels last: two days by one trainer, and by two; losses are float32 all the same."""
     half = dict(precision="bfloat16", channels_last=True)
     whole, first = (trainer(tmp_path / f, name, 10, **half) for f in ("whole", "halves"))
     train_day(whole, 1)
@@ -59,7 +59,7 @@ def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(t
     train_day(second, 2)
     a, b = weights(whole), weights(second)
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and all(v.dtype != torch.bfloat16 for v in a.values())
-    four = [p for part in whole.networks.values() for p in part.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    four = [p for net in whole.networks.values() for p in net.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in four)
     assert bool(four) == (name in ("pix2pix", "vqgan", "bbdm"))
     losses = train_step(second, next(day_batches(second)))
@@ -71,7 +71,7 @@ def test_in_half_precision_a_run_goes_on_to_the_bit_and_its_losses_are_float32(t
 
 
 def test_colors_are_converted_in_full_precision():
-    """Whatever autocast says: bfloat16 would round Pix2Pix's target and the gray."""
+    """Also under autocast: bfloat16 would round Pix2Pix's target and the gray."""
     rgb = torch.randint(256, (2, 3, SIDE, SIDE), generator=make_generator("rgb"), dtype=torch.uint8)
     model, seen = Pix2Pix(SIDE, width=8), []
     model.adversarial_losses = lambda L, ab, masks=None: seen.append((L, ab)) or iter(())
@@ -168,7 +168,7 @@ def test_a_number_that_the_user_chose_stays(four_threads):
     assert not core.leave_busy_cores() and torch.get_num_threads() == 4
 
 
-def test_a_run_that_goes_on_keeps_its_threads(four_threads, tmp_path):
+def test_a_resumed_run_keeps_its_threads(four_threads, tmp_path):
     """They decide the last bits of its sums. A run of another time keeps its own, too."""
 
     four_threads.setattr(faic.resume, "usable_cores", core.usable_cores)

@@ -122,7 +122,7 @@ def test_half_precision_gives_the_same_numbers():
 
 
 @pytest.mark.parametrize(
-    "fake, says",
+    "fake, message",
     [
         (torch.full((2, 3, 16, 16), 0.5), "to_uint8"),
         (torch.full((2, 3, 16, 16), 255, dtype=torch.uint8), "to_uint8"),
@@ -132,8 +132,8 @@ def test_half_precision_gives_the_same_numbers():
         (torch.zeros(1, 3, 16, 16), "same shape"),
     ],
 )
-def test_images_that_cannot_be_scored(fake, says):
-    with pytest.raises(ValueError, match=says):
+def test_images_that_cannot_be_scored(fake, message):
+    with pytest.raises(ValueError, match=message):
         M.image_scores(fake, torch.zeros(2, 3, 16, 16))
 
 
@@ -164,10 +164,10 @@ def test_fid_equals_ignite(n, d, offset, scale):
 def test_fid_with_unequal_counts_equals_scipy(n, m, d):
     x, y = features(n, d, 0), features(m, d, 1, 0.2, 1.3)
     metric = faic.ignite_metrics.FID(d)
-    for part in x.split(64):
-        metric.update((part.float(), None))
-    for part in y.split(50):
-        metric.update((None, part.float()))
+    for some in x.split(64):
+        metric.update((some.float(), None))
+    for some in y.split(50):
+        metric.update((None, some.float()))
     expected = scipy_fid(x.float().double(), y.float().double())
     assert metric.compute() == pytest.approx(expected, rel=CLOSE)
     assert M.fid(x, y) == pytest.approx(M.fid(y, x), rel=1e-9)
@@ -341,8 +341,8 @@ def test_inception_score_equals_ignite_and_the_formula(dtype):
     assert M.inception_score(p, 1)[0] == pytest.approx(theirs.compute(), rel=CLOSE)
     scores = []
     for i in range(10):  # Salimans et al.'s own code
-        part = p.double().numpy()[i * 203 // 10 : (i + 1) * 203 // 10]
-        scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+        q = p.double().numpy()[i * 203 // 10 : (i + 1) * 203 // 10]
+        scores.append(np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()))
     assert M.inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)), rel=CLOSE)
     assert np.isnan(M.inception_score(p, 1)[1])
 
@@ -497,7 +497,7 @@ def broken_torchvision(monkeypatch):
 
 
 @pytest.mark.parametrize("how", [missing_torchvision, broken_torchvision])
-def test_inception_without_torchvision_says_both_ways(monkeypatch, how):
+def test_inception_without_torchvision_names_both_ways(monkeypatch, how):
     how(monkeypatch)
     with pytest.raises(ImportError) as error:
         M.inception_v3()
@@ -514,7 +514,7 @@ def torchvision_models():
     return torchvision.models
 
 
-def test_inception_without_weights_says_both_ways(torchvision_models, tmp_path):
+def test_inception_without_weights_names_both_ways(torchvision_models, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         M.inception_v3(str(tmp_path / "none.pth"))
     for way in ("pip install torchvision", "weights=", "download"):
@@ -582,11 +582,8 @@ def test_fid_interval_of_few_images(n):
 
 def test_fid_interval_depends_on_the_seed_only():
     x, y = features(60, 30, 0), features(50, 30, 1)
-    assert (
-        faic.intervals.fid_interval(x, y, False, seed=3)
-        == faic.intervals.fid_interval(x, y, False, seed=3)
-        != faic.intervals.fid_interval(x, y, False, seed=4)
-    )
+    first, again, other = (faic.intervals.fid_interval(x, y, False, seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
     with pytest.raises(ValueError, match="equal counts"):
         faic.intervals.fid_interval(x, y, True)
 
@@ -654,9 +651,8 @@ def test_the_columns_do_not_depend_on_what_is_missing():
     pixels, _ = one_row(fake=None, real=None, other=None)
     assert list(pixels) == list(full) and np.isnan(pixels["IS (Net)"]) and np.isfinite(pixels["PSNR"])
     paired_only, _ = one_row(other=None)
-    assert (
-        list(paired_only) == list(full) and np.isnan(paired_only["unpaired FID (Net)"]) and paired_only["n other"] == 0
-    )
+    assert list(paired_only) == list(full) and paired_only["n other"] == 0
+    assert np.isnan(paired_only["unpaired FID (Net)"])
 
 
 def test_rows_of_one_image_and_of_500():
@@ -711,7 +707,7 @@ def photo_features(lite0):
         rgb = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
         for name, images in (("real", rgb), ("gray", desaturate(rgb)), ("half", desaturate(rgb, 0.5))):
             found[name].append(lite0(images)[0].double())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @pytest.mark.slow
@@ -727,7 +723,7 @@ def photo_features(lite0):
     ],
 )
 def test_fid_and_kid_intervals_cover_on_real_photographs(photo_features, name, paired, n, draws, least):
-    """Sets of n photographs, drawn independently from 1500: how often does the interval contain the mean over all sets?"""
+    """How often does the interval of n photographs, drawn from 1500, contain the mean over all draws?"""
     fake, real = photo_features[name], photo_features["real"]
     found = {"FID": [], "KID": []}
     for seed in range(draws):

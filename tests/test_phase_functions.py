@@ -71,7 +71,7 @@ def test_phase1_without_a_variant_scores_the_baselines(quick, capsys):
     assert "says nothing about the models" in capsys.readouterr().out
 
 
-def test_wrong_arguments_are_told_all_at_once(quick):
+def test_wrong_arguments_are_reported_all_at_once(quick):
     with pytest.raises(ParameterError) as error:
         run_phase2("colrtan", budget="two days", temperature=-1)
     for message in ("one of 'pix2pix', 'coltran', 'bbdm'", "a budget reads like", "a number, 0 or more"):

@@ -143,7 +143,7 @@ def test_an_interrupted_component_ends_the_same(photographs, tmp_path, monkeypat
     assert undisturbed.events()[0] == again.events()[0]
 
 
-def test_a_component_whose_beginning_is_gone_says_so(photographs, tmp_path, monkeypatch):
+def test_a_component_whose_phase_1_is_gone_is_an_error(photographs, tmp_path, monkeypatch):
     short_components(monkeypatch, "coltran", 2)
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     photos = load_photos(photographs)
@@ -245,7 +245,7 @@ def test_colorize_with_coltran(coltran_runs):
     assert result.size == (64, 64) and result.mode == "RGB"
 
 
-def test_a_run_without_its_components_says_what_is_missing(copied_runs):
+def test_a_run_without_its_components_names_what_is_missing(copied_runs):
     (run,) = read_runs(phase="phase2", model="coltran")
     assert find_components(run, SAMPLING, CPU).keys() == set(UPSAMPLERS)
     for folder in runs_dir().glob("component-coltran_spatial-*"):

@@ -25,35 +25,38 @@ from gpu_stage import Item, Lane, supervise  # noqa: E402
 
 
 def test_rehearsal(tmp_path):
-    """Every stage at toy size: 60 s on an idle core, which is printed; a busy one takes longer and may."""
-    done = subprocess.run(
+    """Every stage at toy size, a minute on an idle core; the seconds are printed, not compared."""
+    command, environment = (
         [sys.executable, str(TRIALS / "gpu.py"), "--rehearse"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        os.environ | dict(OMP_NUM_THREADS="1"),
     )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     print(done.stdout)
     assert done.returncode == 0 and "everything was done" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
-    for found in (
+    for line in (
         "pack: photos-2.npz",
         "check: 9 of 9 items done",
         "speed: 10 of 10 items done",
         "train: 10 of 10 items done",
     ):
-        assert found in done.stdout
+        assert line in done.stdout
     assert "`results` uses 11 runs" in done.stdout and "is phase 1's winner" in done.stdout
 
 
-def items(*found):
-    return lambda: [Item(name, work, limit=limit, least=0.1) for name, limit, work in found]
+def items(*rows):
+    """A function that makes items of (name, limit in seconds, work)."""
+
+    def make():
+        return [Item(name, work, limit=limit, least=0.1) for name, limit, work in rows]
+
+    return make
 
 
 def states(report, lane="lane"):
     return {r["name"]: r["state"] for r in report["lanes"][lane]}
 
 
-def test_a_stage_goes_on_after_items_that_fail_hang_or_die(tmp_path, monkeypatch):
+def test_a_stage_continues_after_items_that_fail_hang_or_die(tmp_path, monkeypatch):
     """An error, a loop, one that takes no signal, a process that dies, a lost GPU: the item after them is done."""
     monkeypatch.setattr("gpu_stage.GRACE", 1)
 
@@ -70,8 +73,8 @@ def test_a_stage_goes_on_after_items_that_fail_hang_or_die(tmp_path, monkeypatch
     def lost(seconds):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    pids = []
-    told = Lane(
+    changes = []
+    lane = Lane(
         "lane",
         items(
             ("error", 9, lambda s: 1 / 0),
@@ -82,19 +85,14 @@ def test_a_stage_goes_on_after_items_that_fail_hang_or_die(tmp_path, monkeypatch
             ("after", 9, lambda s: dict(line="fine", pid=os.getpid())),
         ),
     )
-    report = supervise("trial", tmp_path, 60, [told], changed=lambda: pids.append(1))
-    assert states(report) == dict(
-        error="failed", loop="failed", deaf="failed", dies="failed", lost="failed", after="done"
-    )
+    report = supervise("trial", tmp_path, 60, [lane], changed=lambda: changes.append(1))
+    expected = dict.fromkeys(("error", "loop", "deaf", "dies", "lost"), "failed")
+    assert states(report) == expected | dict(after="done")
     errors = {r["name"]: r.get("error", "") for r in report["lanes"]["lane"]}
-    assert (
-        "ZeroDivisionError" in errors["error"]
-        and "longer than" in errors["loop"]
-        and "ended" in errors["deaf"]
-        and "(9)" in errors["dies"]
-    )
+    assert "ZeroDivisionError" in errors["error"] and "longer than" in errors["loop"]
+    assert "ended" in errors["deaf"] and "(9)" in errors["dies"]
     assert json.loads((tmp_path / "trial.json").read_text())["lanes"] == json.loads(json.dumps(report["lanes"]))
-    assert pids and report["seconds"] < 20
+    assert changes and report["seconds"] < 20
 
 
 def test_a_stage_ends_in_time_and_keeps_what_it_has(tmp_path):
@@ -151,7 +149,7 @@ def test_packed_photographs_are_split_as_their_folder_is(folder, tmp_path, monke
         assert (tmp_path / "machine-2" / "photographs" / f).read_bytes() == (folder / f).read_bytes()
 
 
-def test_what_comes_back_is_looked_at(tmp_path):
+def test_what_comes_back_is_checked(tmp_path):
     """A name that leads out of the folder of runs is refused, and options that are not those of the name."""
     for name, why in (
         ("../evil/options.json", "no file of a run"),

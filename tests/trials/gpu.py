@@ -1,6 +1,6 @@
 """Everything that needs a GPU, as one command for a machine that is there for minutes and has no network.
 
-README.md says what to run, and what is carried.
+README.md lists what to run and what is carried.
 
 python tests/trials/gpu.py pack /my/tiny-imagenet       chunks of photographs, to be carried there
 python tests/trials/gpu.py check speed --out OUT        there: is everything right, and how fast is it?
