@@ -100,7 +100,7 @@ def network(config):
 
 def variable_shapes(net):
     """Official name, layers renumbered -> shape."""
-    return {name: shape for _, shapes, _ in official_layout(net) for name, shape in shapes.items()}
+    return {name: shape for mapping in official_layout(net) for name, shape in mapping.shapes.items()}
 
 
 def recipe(net, names, seed):

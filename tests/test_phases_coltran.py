@@ -3,8 +3,6 @@
 Phase 2 runs first, on a fresh folder of runs, so that it has to train phase 1's components itself.
 """
 
-import ast
-import json
 import shutil
 from functools import partial
 
@@ -14,7 +12,6 @@ import torch
 from feature_nets import QuarterColors
 from phases import (
     CPU,
-    NBS,
     TINY,
     colorized,
     copy_runs,
@@ -29,10 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import faic.coltran
-import faic.coltran_checkpoints
-import faic.tf_checkpoints
 from faic.coltran import Colorizer, Upsampler
-from faic.coltran_checkpoints import external_checkpoints, official_networks
+from faic.coltran_checkpoints import external_checkpoints, official_layout, official_networks
 from faic.components import find_components, prepare_components, train_component
 from faic.core import runs_dir
 from faic.dataset import load_photos
@@ -41,6 +36,7 @@ from faic.parameters import check_params
 from faic.presets import ARCHITECTURES, PRESETS, default_sampling
 from faic.resume import TrainingStopped
 from faic.runs import primary_rows, read_runs
+from faic.tf_checkpoints import EMA_SUFFIX, variable_key, write_tf_checkpoint
 
 UPSAMPLERS = tuple(c.name for c in ARCHITECTURES["coltran"].components)
 SAMPLING = default_sampling("coltran", "smoke")
@@ -153,25 +149,26 @@ def test_a_component_whose_phase_1_is_gone_is_an_error(photographs, tmp_path, mo
         train_color_upsampler("phase2", photos)
 
 
+def write_official(folder, net, rng):
+    """Write random official arrays of a network and their averages, as TensorFlow would."""
+    folder.mkdir()
+    shapes = {name: shape for mapping in official_layout(net) for name, shape in mapping.shapes.items()}
+    arrays = {name: rng.normal(size=tuple(shape)).astype("<f4") for name, shape in shapes.items()}
+    averages = {name.replace(":0", EMA_SUFFIX): array + 1 for name, array in arrays.items() if "normalize" not in name}
+    write_tf_checkpoint(folder, {variable_key(name): array for name, array in (arrays | averages).items()}, shards=3)
+
+
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """A folder with TensorFlow checkpoints of small networks for 64x64, written by the code of a notebook's check."""
-    cells = json.loads((NBS / "28_coltran_checkpoints.ipynb").read_text())["cells"]
-    wanted, functions = {"as_varint", "write_table", "write_checkpoint", "write_official"}, []
-    for source in ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]:
-        if any(f"def {name}(" in source for name in wanted):
-            body = ast.parse(source).body
-            functions += [f for f in body if isinstance(f, ast.FunctionDef) and f.name in wanted]
-    namespace = vars(faic.tf_checkpoints) | vars(faic.coltran_checkpoints) | dict(np=np, rng=np.random.default_rng(0))
-    exec(compile(ast.Module(functions, []), "writer", "exec"), namespace)
-    folder = tmp_path_factory.mktemp("official")
+    """A folder with TensorFlow checkpoints of small networks for 64x64."""
+    folder, rng = tmp_path_factory.mktemp("official"), np.random.default_rng(0)
     nets = dict(
         colorizer=Colorizer(16, 16, 8, 2, 8),
         color_upsampler=Upsampler("color", 16, 16, 8, 2, 8),
         spatial_upsampler=Upsampler("spatial", 64, 64, 8, 2, 8),
     )
     for name, net in nets.items():
-        namespace["write_official"](folder / name, net)
+        write_official(folder / name, net, rng)
     return folder
 
 
