@@ -86,7 +86,7 @@ def _show_column(ax, images): # one under the other in one pair of axes, which i
     pitch = 1.04*height # with a gap between images
     for i, image in enumerate(images):
         ax.imshow(image, extent=(0, width, i*pitch + height, i*pitch))
-    ax.set(xlim=(0, width), ylim=((len(images) - 1)*pitch + height, 0), aspect='equal')
+    ax.set(xlim=(0, width), ylim=((len(images) - 1)*pitch + height, 0), aspect='equal', xticks=[], yticks=[])
     ax.set_axis_off()
 
 def _show_words(ax, words, rows, height, width): # on light gray images of this size
