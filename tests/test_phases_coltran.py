@@ -36,7 +36,7 @@ from faic.parameters import check_params
 from faic.presets import ARCHITECTURES, PRESETS, default_sampling
 from faic.resume import TrainingStopped
 from faic.runs import primary_rows, read_runs
-from faic.tf_checkpoints import EMA_SUFFIX, variable_key, write_tf_checkpoint
+from faic.tf_checkpoints import EMA_SUFFIX, VALUE, variable_key, write_tf_checkpoint
 
 UPSAMPLERS = tuple(c.name for c in ARCHITECTURES["coltran"].components)
 SAMPLING = default_sampling("coltran", "smoke")
@@ -150,12 +150,18 @@ def test_a_component_whose_phase_1_is_gone_is_an_error(photographs, tmp_path, mo
 
 
 def write_official(folder, net, rng):
-    """Write random official arrays of a network and their averages, as TensorFlow would."""
+    """Random official arrays of a network, their averages and an optimizer, written as TensorFlow would."""
     folder.mkdir()
     shapes = {name: shape for mapping in official_layout(net) for name, shape in mapping.shapes.items()}
     arrays = {name: rng.normal(size=tuple(shape)).astype("<f4") for name, shape in shapes.items()}
     averages = {name.replace(":0", EMA_SUFFIX): array + 1 for name, array in arrays.items() if "normalize" not in name}
-    write_tf_checkpoint(folder, {variable_key(name): array for name, array in (arrays | averages).items()}, shards=3)
+    stored = {variable_key(name): array for name, array in (arrays | averages).items()}
+    stored |= {
+        variable_key(name).replace(VALUE, f"/.OPTIMIZER_SLOT/optimizer/rms{VALUE}"): array
+        for name, array in arrays.items()
+    }
+    stored |= {f"optimizer/iter{VALUE}": np.array(9), f"save_counter{VALUE}": np.array(2)}
+    write_tf_checkpoint(folder, stored, shards=3)
 
 
 @pytest.fixture(scope="module")
