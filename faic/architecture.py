@@ -23,7 +23,7 @@ class Component:
 # %% ../nbs/13_architecture.ipynb #ad6bba26
 @dataclass(frozen=True)
 class PublishedWeights:
-    "How an architecture takes weights that others have trained. `names` are names of the architecture or its components."
+    "How an architecture takes weights that others have trained; `names` are its own or its components'."
     parameter:str # the sampling parameter that names them, e.g. 'upsamplers'; its value 'own' means none
     find:Callable # (value, names) -> those names whose weights are there; ValueError where none is
     load:Callable # (value, names, side) -> {name: network}; ValueError where they do not fit the side
@@ -49,7 +49,7 @@ class Architecture:
     sampling:dict=field(default_factory=dict) # what changes answers but not weights: name -> default
     parameters:Callable=no_parameters # (side, components) -> {name: check} of its own notebook parameters
     components:tuple=() # of Component, trained before it
-    latents:dict=field(default_factory=dict) # spaces it works in: 'none' (pixels), 'f4', ... -> options; {}: pixels only
+    latents:dict=field(default_factory=dict) # space ('none': pixels, 'f4', ...) -> options; {}: pixels only
     external_latents:dict=field(default_factory=dict) # further options where the first stage comes from a file
     published:PublishedWeights=None # weights that others have trained
 

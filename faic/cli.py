@@ -161,7 +161,7 @@ _cluster_options = _with(
     click.option('--time', help='Limit of one stretch, after which a run is requeued and continues. [1-00:00:00]'),
     click.option('--mem', help='[64G]'),
     click.option('--cpus-per-task', type=int, help='[8]'),
-    click.option('--slurm-extra', multiple=True, metavar='KEY=VALUE', help='Any other option of sbatch; may be repeated.'),
+    click.option('--slurm-extra', multiple=True, metavar='KEY=VALUE', help='Any other sbatch option; may be repeated.'),
 )
 
 def _cluster_options_of(given, for_run):

@@ -37,7 +37,7 @@ def colorize_photo(
     device='cpu',
     frame:str='whole', # 'whole' or 'square', see above
 )->Image.Image: # RGB; 'whole': the photograph's own size; 'square': side x side
-    "Colorize a photograph: predicted chroma under its own lightness, or the model's whole answer for its central square."
+    "Colorize a photograph: predicted chroma under its own lightness, or the model's answer for its central square."
     if frame not in ('whole', 'square'):
         raise ValueError(f"frame is 'whole' or 'square', got {frame!r}")
     pixels = torch.tensor(np.array(to_rgb(photo)[0])).permute(2, 0, 1)[None].to(device)
@@ -133,7 +133,7 @@ def run_colorize(
     first_stage:str='', # the file, if the run was trained with one
     **own, # sampling parameters of the architecture: batch_norm, temperature, sample_steps, ...
 )->Colorized:
-    "Colorize a photograph or a folder; ParameterError where an argument is wrong, ValueError where no file was a photograph."
+    "Colorize a photograph or a folder; ParameterError for a wrong argument, ValueError if no file was a photograph."
     given = locals()
     given |= given.pop('own')
     p = notebook_parameters(given, *given)

@@ -351,8 +351,8 @@ def official_networks(
         if (height, width) != (wanted, wanted):
             wrong.append(f'{OFFICIAL_FOLDERS[name]} is for {height}x{width} pixels, not {wanted}x{wanted}')
     if wrong:
-        raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: {"; ".join(wrong)}. The published ones need '
-                         'the preset paper (256x256); those without a spatial upsampler need laptop or gpu (64x64)')
+        raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: {"; ".join(wrong)}. '
+                         'The published ones need the preset paper (256x256); those without a spatial upsampler need laptop or gpu (64x64)')
     return networks
 
 # %% ../nbs/28_coltran_checkpoints.ipynb #dde6be9c
@@ -409,12 +409,14 @@ def make_spatial_upsampler(options:dict, seed:int=0, components:dict={})->ColTra
     return ColTranSpatial(*_shared_sizes(options), options['layers'], seed)
 
 def _sampler(trainee, sampling, components):
-    return coltran_colorizer(trainee.net, components['coltran_color'], components.get('coltran_spatial'), sampling['temperature'],
-                             sampling['norm'], sampling.get('precision', 'float32'))
+    upsamplers = components['coltran_color'], components.get('coltran_spatial')
+    return coltran_colorizer(trainee.net, *upsamplers, sampling['temperature'], sampling['norm'],
+                             sampling.get('precision', 'float32'))
 
 # %% ../nbs/28_coltran_checkpoints.ipynb #d61d07fa
 def _parameters(side, components):
-    return dict(temperature=at_least(0), norm=choice('row', 'image'), upsamplers=external_checkpoints('own', components, side))
+    return dict(temperature=at_least(0), norm=choice('row', 'image'),
+                upsamplers=external_checkpoints('own', components, side))
 
 _SHARED = dict(
     side=256, load_side=256, flip=False, # the whole photograph each time, never mirrored
@@ -423,12 +425,14 @@ _SHARED = dict(
     ema=dict(decay=.999, start=0., every=1), # of the weights, from the initial ones on
 )
 COLOR = Component('coltran_color', 'color upsampler', _SHARED | dict(layers=1, batch_size=24), make_color_upsampler)
-SPATIAL = Component('coltran_spatial', 'spatial upsampler', _SHARED | dict(layers=1, batch_size=1), make_spatial_upsampler)
+SPATIAL = Component('coltran_spatial', 'spatial upsampler', _SHARED | dict(layers=1, batch_size=1),
+                    make_spatial_upsampler)
 
 ARCHITECTURE = Architecture(
     name='coltran',
     title='ColTran',
-    paper=_SHARED | dict(encoder_layers=1, outer_layers=1, inner_layers=1, auto_weight=.99, aux_weight=.01, batch_size=24),
+    paper=_SHARED | dict(encoder_layers=1, outer_layers=1, inner_layers=1, auto_weight=.99, aux_weight=.01,
+                         batch_size=24),
     variants={
         'default': {}, 'factor-0.9': dict(auto_weight=.9), 'lr-5e-4': dict(lr=5e-4),
         'adam': dict(optimizer='adam', beta1=.9, beta2=.999), 'mix-0.9': dict(auto_weight=.9, aux_weight=.1),

@@ -125,7 +125,8 @@ def cached_latents(
     name, o = run.options.get('first_stage', ''), run.options['train']
     if not name: return None
     split = 'train' if name.startswith('given:') else TRAINING_SPLIT[phase]
-    path = photos.folder/f"{split}-{o['load_side']}-{photos.fingerprint[:6]}-{name.replace(':', '-')}{'-flip' if o['flip'] else ''}.f16"
+    end = '-flip.f16' if o['flip'] else '.f16'
+    path = photos.folder/f"{split}-{o['load_side']}-{photos.fingerprint[:6]}-{name.replace(':', '-')}{end}"
     array, began = resized_for_crops(photos, o['load_side'], split), time.monotonic()
     found = 'found' if path.exists() else 'made'
     latents = trainee.prepare(array, path, o['flip'], device)

@@ -54,11 +54,12 @@ def _legend_above(fig, axes, title, columns):
 
 # %% ../nbs/54_figures.ipynb #54a10002
 def _draw_models(ax, column, models): # a line with its band, a model
+    from seaborn import lineplot # which loads SciPy's statistics: only when curves are drawn
     for color, (model, table) in zip(COLORS, models.items()):
         if column not in table:
             ax.plot([], [], color=color, label=f'{model}: not run')
             continue
-        ax.plot(table['day'], table[column], color=color, marker='o', mec='w', label=model)
+        lineplot(table, x='day', y=column, ax=ax, color=color, marker='o', label=model, errorbar=None, legend=False)
         _draw_band(ax, table['day'], table, column, color)
 
 def _draw_band(ax, x, table, column, color):

@@ -21,20 +21,22 @@ def make_vqgan(
     components:dict={}, # unused
 )->VQGAN:
     "A VQGAN from the options of a run."
-    names = ('latent', 'ch', 'num_res_blocks', 'n_embed', 'perceptual_weight', 'disc_start', 'disc_weight', 'disc_layers',
-             'disc_width', 'codebook')
+    names = ('latent', 'ch', 'num_res_blocks', 'n_embed', 'perceptual_weight', 'disc_start', 'disc_weight',
+             'disc_layers', 'disc_width', 'codebook')
     return VQGAN(**{n: options[n] for n in names}, seed=seed)
 
 def _first_stages(latent, n_embed, batch_size): # of one factor: with and without the perceptual term
     shared = dict(
         side=256, load_side=256, flip=True,
-        latent=latent, ch=128, num_res_blocks=2, n_embed=n_embed, **DISCRIMINATORS[latent], disc_width=64, codebook='uniform',
-        batch_size=batch_size, optimizer='adam', lr=4.5e-6*batch_size, beta1=.5, beta2=.9, schedule='constant', ema=None)
+        latent=latent, ch=128, num_res_blocks=2, n_embed=n_embed, **DISCRIMINATORS[latent], disc_width=64,
+        codebook='uniform', batch_size=batch_size, optimizer='adam', lr=4.5e-6*batch_size, beta1=.5, beta2=.9,
+        schedule='constant', ema=None)
     for end, words, weight in (('', '', 1.), ('_plain', ' without the perceptual term', 0.)):
-        yield Component(f'vqgan_{latent}{end}', f'VQGAN {latent}{words}', shared | dict(perceptual_weight=weight), make_vqgan,
-                        measure='reconstruction')
+        options = shared | dict(perceptual_weight=weight)
+        yield Component(f'vqgan_{latent}{end}', f'VQGAN {latent}{words}', options, make_vqgan, measure='reconstruction')
 
-VQGANS = {c.name: c for sizes in (('f4', 8192, 8), ('f8', 16384, 10), ('f16', 16384, 14)) for c in _first_stages(*sizes)}
+_SIZES = (('f4', 8192, 8), ('f8', 16384, 10), ('f16', 16384, 14)) # latent, codes, batch size
+VQGANS = {component.name: component for sizes in _SIZES for component in _first_stages(*sizes)}
 
 # %% ../nbs/33_first_stages.ipynb #6091a08d
 def first_stage_name(
@@ -54,7 +56,8 @@ def external_first_stage(
     "The VQGAN in a file; ValueError where there is none, or one for another latent."
     file = Path(string(path)).expanduser()
     if not file.is_file():
-        raise ValueError(f"{file} is no file; expected '', 'plain' or the path of a checkpoint of LDM, e.g. /my/vq-f4/model.ckpt")
+        raise ValueError(f"{file} is no file; expected '', 'plain' or the path of a checkpoint of LDM, "
+                         'e.g. /my/vq-f4/model.ckpt')
     try:
         net = ldm_model(file)
     except (OSError, ValueError, RuntimeError) as e:
@@ -63,7 +66,8 @@ def external_first_stage(
     sizes = {name: _factor_and_channels(name) for name in ('f4', 'f8', 'f16')}
     if latent and found != sizes[latent]:
         fits = ', '.join(f'{name} has {factor} and {channels}' for name, (factor, channels) in sizes.items())
-        raise ValueError(f'{file} makes latents by the factor {found[0]} with {found[1]} channels, and latent is {latent!r} ({fits})')
+        raise ValueError(f'{file} makes latents by the factor {found[0]} with {found[1]} channels, '
+                         f'and latent is {latent!r} ({fits})')
     return net
 
 def _factor_and_channels(latent):

@@ -206,7 +206,8 @@ def compare_precisions(
     apart = (answers['float32'] - answers['bfloat16']).abs()
     weights = 'trained' if timed.run else 'untrained'
     made = f', {steps["sample_steps"]} steps' if steps else ''
-    return (f'{find_architecture(timed.model).title}, {len(gray)} images of {photos.side}x{photos.side}{made}, {weights} weights: '
+    title = find_architecture(timed.model).title
+    return (f'{title}, {len(gray)} images of {photos.side}x{photos.side}{made}, {weights} weights: '
             f'mean difference {apart.mean():.3f} levels of 255, largest {apart.max():.0f}')
 
 # %% ../nbs/59_inference.ipynb #2f930d8e
@@ -244,8 +245,8 @@ def score_steps(
     "Score a diffusion model by its number of sampling steps; what was scored before is kept."
     weights = timed.run
     space = {k: weights.options[k] for k in ('latent', 'first_stage', 'budget', 'data') if k in weights.options}
-    options = dict(phase='steps', model=timed.model, preset=parameters.preset, seed=parameters.seed, weights=weights.path.name,
-                   day=last_day(weights)[0], eta=timed.sampling['eta'], images=len(photos.splits['validation']),
+    options = dict(phase='steps', model=timed.model, preset=parameters.preset, seed=parameters.seed,
+                   weights=weights.path.name, day=last_day(weights)[0], eta=timed.sampling['eta'], images=len(photos.splits['validation']),
                    device=str(device), **space)
     run = open_run(options, device, **data_notes(photos))
     seed, trainee = parameters.seed, timed.trainee
@@ -256,7 +257,8 @@ def score_steps(
     missing = [s for s in wanted if not evaluated(run, sample_steps=s)]
     for steps in ProgressBar(missing, desc='fewer sampling steps', unit='task'):
         colorize, batch_size = timed.colorizer(sample_steps=steps), eval_batch_size(weights.options, device)
-        rows = _timed_scores(colorize, trainee.gray_kind, trainee.keeps_lightness, photos, feature_net, seed, device, batch_size)
+        rows = _timed_scores(colorize, trainee.gray_kind, trainee.keeps_lightness, photos, feature_net, seed, device,
+                             batch_size)
         for row in rows:
             run.add_metrics(dict(row, sample_steps=steps))
     return run
@@ -315,5 +317,5 @@ def _steps_or_reason(timed, rows, p, photos, device): # (run or None, why there 
     per_step = [r['seconds_per_image'] for r in rows if r['times'] > 1 and r['precision'] == 'float32']
     seconds = len(few.splits['validation'])*sum(SAMPLE_STEPS)*min(per_step, default=0)
     if seconds > 3600:
-        return None, f'{title}: the curve of sampling steps would take {seconds/3600:.0f} hours here; choose a faster device'
+        return None, f'{title}: the curve of sampling steps would take {seconds/3600:.0f} hours on this device'
     return score_steps(timed, p, few, efficientnet_lite0(device), device), ''

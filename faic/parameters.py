@@ -29,7 +29,7 @@ def comma_list(*names:str):
     return check
 
 def budget_or_default(value):
-    "A check: '' (the preset's own), 'paper' (the work that each model did in the paper) or a budget such as '200 steps'."
+    "A check: '' (the preset's own), 'paper' (as much as the paper's day held) or a budget such as '200 steps'."
     if string(value) not in ('', 'paper'):
         Budget.parse(value)
     return value
@@ -83,7 +83,7 @@ def check_params(
     namespace:dict, # the notebook's globals()
     **checks, # name = check; these are the parameters that the notebook has
 )->SimpleNamespace: # the checked values by name
-    "Check all parameters of a notebook before anything runs; raise `ParameterError` with every mistake and the valid values."
+    "Check all parameters of a notebook; raise `ParameterError` with every mistake and the valid values."
     mistakes = [f'  {n}: no such parameter' for n in sorted(_injected_names(namespace) - set(checks))]
     values = {}
     for name, check in checks.items():

@@ -72,7 +72,8 @@ class Preset:
 def _small_coltran(decay, colorizer, color, spatial=None): # without a spatial upsampler, the colorizer works at 64x64
     shared = dict(side=64, load_side=64, ema=dict(decay=decay, start=.05, every=1))
     low = dict(low=64) if spatial is None else {}
-    return {'coltran': shared | low | colorizer, 'coltran_color': shared | low | color, 'coltran_spatial': shared | (spatial or {})}
+    return {'coltran': shared | low | colorizer, 'coltran_color': shared | low | color,
+            'coltran_spatial': shared | (spatial or {})}
 
 def _narrow(dim, batch_size, **more):
     return dict(dim=dim, ff=dim, batch_size=batch_size, **more)
@@ -90,7 +91,8 @@ def _each_vqgan(phase1, phase2=None): # the same budgets for every first stage
 PRESETS = {
     'smoke': Preset(
         budget='60 steps',
-        components={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')} | _each_vqgan('50 steps'),
+        components={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')}
+                   | _each_vqgan('50 steps'),
         sampling={'bbdm': dict(sample_steps=10)},
         further=(dict(model='bbdm', first_stage='plain'),),
         changes={'pix2pix': dict(side=64, load_side=72, width=16)}
@@ -109,8 +111,8 @@ PRESETS = {
         changes={'pix2pix': dict(side=64, load_side=72, width=32)}
                 | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
-                              dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32, disc_start=4000,
-                                   batch_size=4, lr=1e-3, schedule='half'))),
+                              dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32,
+                                   disc_start=4000, batch_size=4, lr=1e-3, schedule='half'))),
     'gpu': Preset(
         budget='0.0056 hours',
         components={'coltran_color': ('0.003 hours', '0.003 hours')} | _each_vqgan('0.01 hours'),
@@ -125,7 +127,8 @@ PRESETS = {
                               dict(batch_size=16, lr=2e-4, codebook='data'))),
     'paper': Preset(
         budget='24 hours',
-        components={'coltran_color': ('800000 steps', '1200000 steps'), 'coltran_spatial': ('200000 steps', '300000 steps')}
+        components={'coltran_color': ('800000 steps', '1200000 steps'),
+                    'coltran_spatial': ('200000 steps', '300000 steps')}
                    | _each_vqgan('300000 steps'),
         further=(dict(model='bbdm', first_stage='plain'),),
         changes={}),

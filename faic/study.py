@@ -24,7 +24,7 @@ def plan(
     seeds:int=1,
     preset:str='smoke',
 )->list: # (notebook, parameters, weight in the study's bar)
-    "The notebooks of the study in their order. A weight is a typical share of the time: 1 per budget, 1/2 per component."
+    "The notebooks in their order; a weight is a typical share of the time: 1 per budget, 1/2 per component."
     models, steps = list(models or ARCHITECTURES), []
     for model in models:
         components = len(components_of(model, preset=preset))/2
@@ -44,7 +44,8 @@ def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not ther
 
 def executed_path(name:str, parameters:dict, folder:Path)->Path:
     "Where run_notebook leaves an executed notebook."
-    telling = [str(parameters[k]) for k in ('model', 'variants', 'latent', 'first_stage', 'only_seed') if k in parameters]
+    keys = ('model', 'variants', 'latent', 'first_stage', 'only_seed')
+    telling = [str(parameters[k]) for k in keys if k in parameters]
     return folder/('-'.join([name, *telling]).replace('/', '_') + '.ipynb')
 
 # %% ../nbs/60_study.ipynb #d0aa3ba3
@@ -145,15 +146,15 @@ def run_notebook(
     try:
         with changed_environment(**variables):
             papermill.execute_notebook(
-                repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False, kernel_name='python3',
-                kernel_manager_class=patient_kernel_manager(), extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+                repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False,
+                kernel_name='python3', kernel_manager_class=patient_kernel_manager(), extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         if e.ename == 'KeyboardInterrupt':
             raise KeyboardInterrupt(e.evalue) from None
         raise SystemExit(f'\n{name} {parameters} stopped:\n{e.ename}: {e.evalue}\nThe whole notebook: {out}') from None
     except DeadKernelError:
-        raise SystemExit(f'\n{name} {parameters}: its kernel died. Was it killed, or was the memory full? The same command '
-                         f'continues from the last checkpoint. The whole notebook: {out}') from None
+        raise SystemExit(f'\n{name} {parameters}: its kernel died. Was it killed, or was the memory full? '
+                         f'The same command continues from the last checkpoint. The whole notebook: {out}') from None
     return out
 
 # %% ../nbs/60_study.ipynb #a6b50598
