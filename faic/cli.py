@@ -6,7 +6,7 @@
 __all__ = ['NOTEBOOKS', 'main', 'study', 'run', 'status', 'colorize', 'cluster', 'cluster_plan', 'cluster_run']
 
 # %% ../nbs/63_cli.ipynb #859225b7
-import os, sys, time
+import os, time
 from pathlib import Path
 
 import click

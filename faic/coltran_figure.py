@@ -9,12 +9,10 @@ __all__ = ['READ_COLORS', 'figure1']
 from torch import nn
 
 from .axial import ConditionalNorm
+from .layers import count_params
 
 # %% ../nbs/18_coltran_figure.ipynb #f6077226
 READ_COLORS = {'': '.95', 'z': '#fddbb5', 'z, above': '#c3d9ef'} # of a component, by the context that conditions it
-
-def _count(net):
-    return sum(p.numel() for p in net.parameters())
 
 def _context_of(layer, dim): # 'z', 'z, above', or '' for a layer that is not conditioned
     if isinstance(layer, nn.Linear):
@@ -49,13 +47,13 @@ def _draw_upsampler(ax, left, title, net):
     rows = [_row(f'vectors of {bits} bits and of gray;\nmix, add positions'),
             _row('row, column attention,\nfeed-forward, as above'),
             _row(f'{net.head.out_features} logits, the largest')]
-    return box_column(ax, left, 1.5, _WIDTH, f'{title}\n{_count(net):,} parameters', rows, len(net.encoder.blocks)//2)
+    return box_column(ax, left, 1.5, _WIDTH, f'{title}\n{count_params(net):,} parameters', rows, len(net.encoder.blocks)//2)
 
 # %% ../nbs/18_coltran_figure.ipynb #c0ada546
 def _draw_colorizer(ax, net): # to the boxes of its gray picture and of its symbols
     from faic.drawing import arrow, box
     side = len(net.encoder.positions.rows)
-    size = f'{_count(net):,} parameters, {net.head.in_features} channels, {net.inner[0].heads} heads'
+    size = f'{count_params(net):,} parameters, {net.head.in_features} channels, {net.inner[0].heads} heads'
     box(ax, _LEFT[0] - .09, 1.73, 6.1, 3.69, title=f'Colorizer: {size}')
     encoder = _draw_decoder(ax, _LEFT[0], 'Encoder', 'a vector for each gray level;\nadd positions',
                             net.encoder.blocks, 'z, a vector for each pixel')

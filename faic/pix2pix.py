@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'ARCHITECTURE', 'unet_levels', 'unet_widths', 'batch_or_instance_norm', 'sample_dropout_masks', 'UNet',
-           'count_params', 'PatchDiscriminator', 'init_weights', 'gan_loss', 'Pix2Pix', 'pix2pix_colorizer',
-           'unet_names', 'discriminator_names', 'official_names', 'load_official', 'save_official', 'load_unet',
-           'make_pix2pix']
+           'PatchDiscriminator', 'init_weights', 'gan_loss', 'Pix2Pix', 'pix2pix_colorizer', 'unet_names',
+           'discriminator_names', 'official_names', 'load_official', 'save_official', 'load_unet', 'make_pix2pix']
 
 # %% ../nbs/20_pix2pix.ipynb #705b8eae
 import math
@@ -112,11 +111,6 @@ class UNet(nn.Module):
                 x = x * masks[self.levels - 2 - k].to(x)
             x = torch.cat([skips.pop(), x], 1)
         return torch.tanh(self.up[0](F.relu(x)))
-
-# %% ../nbs/20_pix2pix.ipynb #1635b3c5
-def count_params(net:nn.Module)->int:
-    "Number of trainable parameters."
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 # %% ../nbs/20_pix2pix.ipynb #f3794831
 class PatchDiscriminator(nn.Module):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .bbdm import figure3
+from .bbdm_figure import figure3
 from .bridge import Bridge, figure2
 from .color import luma
 from .coltran import figure1

@@ -20,7 +20,8 @@ from faic.layers import UNet, timestep_embedding
 from faic.runs import Run
 from faic.train import settle, train_step
 from faic.trainer import Trainer
-from faic.vqgan import VQModel, infer_config
+from faic.vqgan import VQModel
+from faic.vqgan_checkpoints import infer_config
 
 PASS, LOSS, LOOP = 5e-5, 1e-5, 5e-4  # absolute: activations of one pass, losses, the last state of a sampling
 
@@ -98,7 +99,7 @@ class BridgeGolden(Golden):
         def predict(x, t):
             return model.net(x, t, small)
 
-        return list(p_sample_loop(predict, model.bridge, self["enc_cond"], steps, noise.__getitem__, **options))
+        return list(p_sample_loop(predict, model.bridge, self["enc_cond"], steps, iter(noise), **options))
 
 
 @pytest.fixture(params=sets("bbdm"), scope="module")

@@ -21,7 +21,6 @@ from faic.coltran import (
     bins_to_rgb,
     bits_per_symbol,
     center_crop_resize,
-    count_all,
     resize_area,
     rgb_to_bins,
     upsample_nearest,
@@ -37,6 +36,7 @@ from faic.coltran_sampler import (
     upsample,
 )
 from faic.core import Budget
+from faic.layers import count_params
 from faic.runs import Run
 from faic.tf_checkpoints import EMA_SUFFIX, read_tf_checkpoint, tensor_places
 from faic.train import train_step
@@ -392,7 +392,7 @@ def test_variables(found):
         net = network(dict(model=golden["config"], height=height, width=width))
     ours = {n: tuple(shape) for n, shape in variable_shapes(net).items()}
     assert ours == {n: shapes[official] for n, official in renumber_layers(shapes).items()}
-    assert count_all(net) == (golden["total"], golden["trainable"])
+    assert (count_params(net), count_params(net, only_trained=True)) == (golden["total"], golden["trainable"])
 
 
 @pytest.mark.parametrize("found", files("preprocess_*.npz"))
@@ -433,7 +433,7 @@ def test_paper_size_colorizer(found):
     folder = found[0]
     golden = dict(np.load(folder / "P_paper_size.npz"))
     net, total = paper_size(folder, Colorizer(), "colorizer_paper_1layer", 5100)
-    assert count_all(net) == tuple(golden["colorizer_num_params"])
+    assert (count_params(net), count_params(net, only_trained=True)) == tuple(golden["colorizer_num_params"])
     assert total == pytest.approx(float(golden["colorizer_abs_sum"]), rel=1e-9)
     rgb = channels_first(golden["rgb"])
     gray, labels = gray_of(rgb), rgb_to_bins(rgb)
@@ -471,7 +471,7 @@ def test_paper_size_color_upsampler(found):
     folder = found[0]
     golden = dict(np.load(folder / "P_paper_size.npz"))
     net, _ = paper_size(folder, Upsampler("color", 64, 64), "color_upsampler", 5101)
-    assert count_all(net)[0] == golden["color_num_params"]
+    assert count_params(net) == golden["color_num_params"]
     rgb = channels_first(golden["rgb"])
     logits = torch.stack([net(rgb[:, c] // 32, tensor([c]), gray_of(rgb)) for c in range(3)], 3)
     close(at(logits, golden["positions"]), golden["color_logits_at"], LOGITS)
@@ -486,7 +486,7 @@ def test_paper_size_spatial_upsampler(found):
     folder = found[0]
     golden = dict(np.load(folder / "P_paper_size.npz"))
     net, _ = paper_size(folder, Upsampler("spatial", 256, 256), "spatial_upsampler", 5102)
-    assert count_all(net)[0] == golden["spatial_num_params"]
+    assert count_params(net) == golden["spatial_num_params"]
     rgb = channels_first(golden["rgb256"])
     logits = net(upsample_nearest(resize_area(rgb, 64, 64))[:, 1], tensor([1]), gray_of(rgb))
     close(at(logits, golden["positions256"]), golden["spatial_logits_at_channel1"], LOGITS)
