@@ -107,10 +107,10 @@ def test_a_stage_ends_in_time_and_keeps_what_it_has(tmp_path):
     )
     second = Lane("second", items(("beside", 9, lambda s: {})))
     third = Lane("third", items(("afterwards", 9, lambda s: {})), wave=1)
-    report = supervise("trial", tmp_path, 2, [first, second, third])
+    report = supervise("trial", tmp_path, 4, [first, second, third])  # a busy machine takes seconds to fork
     assert states(report, "first") == dict(quick="done", slow="failed", last="skipped")
     assert states(report, "second") == dict(beside="done") and states(report, "third") == dict(afterwards="skipped")
-    assert report["lanes"]["first"][0]["found"] == dict(number=3) and report["seconds"] < 8
+    assert report["lanes"]["first"][0]["found"] == dict(number=3) and report["seconds"] < 10
 
 
 @pytest.fixture

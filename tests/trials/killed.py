@@ -126,7 +126,7 @@ def trial(model, kills, rng, folder, precision):
         results.append(compare(undisturbed, outcome(folder / "killed"), made))
         if made >= kills:
             return max(results, key=lambda result: (result.differing, result.kills))
-        (folder / "killed").rename(folder / f"done-{made}")  # done before the last kill: the others hit a fresh start
+        (folder / "killed").rename(folder / f"done-{len(results)}")  # the other kills hit a fresh start
 
 
 def main():
