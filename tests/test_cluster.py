@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -17,14 +18,31 @@ import pytest
 from feature_nets import QuarterColors
 
 import faic.cluster
-from faic.cluster import NotebookJob, arguments, last_error_line, local_slots, main, run_jobs, run_local
+from faic.cluster import (
+    NotebookJob,
+    cluster_options,
+    last_error_line,
+    local_slots,
+    plan_cluster,
+    run_cluster,
+    run_jobs,
+    run_local,
+)
 from faic.components import baseline_run
-from faic.core import pick_device, runs_dir, write_json
+from faic.core import pick_device, read_json, runs_dir, write_json
 from faic.dataset import load_photos
 from faic.days import run_baselines
-from faic.jobs import Job, job_row, photograph_counts, study_jobs
+from faic.jobs import (
+    Job,
+    budgets_in_steps,
+    describe_study_status,
+    estimate_job,
+    photograph_counts,
+    study_jobs,
+    study_status,
+)
 from faic.parameters import variants_of
-from faic.presets import default_variants, model_options
+from faic.presets import DAYS, default_variants, model_options
 from faic.runs import open_run, read_runs
 from faic.status import describe_status, run_progress, status
 
@@ -82,10 +100,13 @@ def test_a_preempted_chain_ends_as_if_nothing_had_been(runs):
     assert table.loc[run.path.name, "used"] == "60 of 60 steps" and table.loc[run.path.name, "left"] == 0
     assert max(map(len, describe_status(status()).splitlines())) <= 120
     sizes = [f.stat().st_size for f in run.path.iterdir() if f.suffix in (".pt", ".safetensors")]
-    row = job_row(jobs[1], photograph_counts("smoke", "embedded"))
-    assert len(sizes) == 3 and sum(sizes) == pytest.approx(row["bytes"], rel=0.03)
-    row = job_row(jobs[1], dict(train_phase1=72, validation=48))
-    assert row["evaluation"] > 0, "this run has measured what an evaluation takes"
+    cost = estimate_job(jobs[1], photograph_counts("smoke", "embedded"))
+    assert len(sizes) == 3 and sum(sizes) == pytest.approx(cost.bytes, rel=0.03)
+    cost = estimate_job(jobs[1], dict(train_phase1=72, validation=48))
+    assert cost.evaluation > 0, "this run has measured what an evaluation takes"
+    study = study_status("smoke", "embedded", ["pix2pix"], budget="60 steps").set_index("training")
+    one = study.loc["phase1-pix2pix-default"]
+    assert (one["state"], one["share"], one["left"], one["run"]) == ("done", 1, 0, run.path.name)
 
 
 KERNEL = """
@@ -113,7 +134,7 @@ def test_ctrl_c_lets_notebooks_save(runs, monkeypatch):
     command = [sys.executable, "-c", KERNEL, "ipykernel", str(log)]
     monkeypatch.setattr(faic.cluster, "NotebookJob", lambda job, folder: functools.partial(subprocess.run, command))
     monkeypatch.setattr(faic.cluster, "run_jobs", interrupted)
-    with pytest.raises(SystemExit, match="goes on from the last checkpoints"):
+    with pytest.raises(SystemExit, match="continues from the last checkpoints"):
         run_local(study_jobs("smoke", models=("pix2pix",)), [None], runs / "logs")
     assert log.read_text().split() == ["up", "saved"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -153,14 +174,14 @@ def test_a_failure_is_reported_by_its_last_line(runs, monkeypatch):
     assert last_error_line(str(handle.exception())) == "ValueError: invalid literal for int() with base 10: 'seven'"
 
 
-def test_the_command_names_what_failed_and_its_notebook(runs, monkeypatch, capsys):
+def test_run_cluster_names_what_failed_and_its_notebook(runs, monkeypatch, capsys):
     monkeypatch.setattr(
         faic.cluster,
         "run_local",
         lambda jobs, slots, logs: {j.name: "ValueError: no" if j.name.endswith("adam") else "" for j in jobs},
     )
     with pytest.raises(SystemExit, match="1 of 8 jobs are not done: phase1-coltran-adam"):
-        main(["run", "--preset", "smoke", "--models", "coltran"])
+        run_cluster(cluster_options(preset="smoke", models="coltran"))
     notebook = f"{runs}/study-smoke-embedded-s0/phase1-coltran-adam.ipynb"
     assert f"phase1-coltran-adam: ValueError: no; {notebook}" in capsys.readouterr().out
 
@@ -198,8 +219,10 @@ def asked(script):
 
 
 def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
-    words = "run --preset smoke --models coltran,bbdm --on slurm --partition gpu --account me --time 2-00:00:00"
-    main([*words.split(), "--slurm-extra", "constraint=h100", "--slurm-extra", "mail-type=FAIL"])
+    asked_for = dict(
+        partition="gpu", account="me", time="2-00:00:00", slurm_extra=["constraint=h100", "mail-type=FAIL"]
+    )
+    run_cluster(cluster_options(preset="smoke", models="coltran,bbdm", on="slurm", **asked_for))
     scripts = {asked(f)["job-name"]: (f.stem, asked(f)) for f in sorted(slurm.glob("*.sh"))}
     number = {name.removeprefix("faic-"): n for name, (n, _) in scripts.items()}
     jobs = study_jobs("smoke", models=("coltran", "bbdm"))
@@ -217,6 +240,7 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
     kept = submitit.core.utils.DelayedSubmission.load(logs / f"{number['phase1-bbdm-l2']}_submitted.pkl")
     assert kept.function.job == next(j for j in jobs if j.name == "phase1-bbdm-l2")
     assert (kept._timeout_countdown, kept._timeout_min) == (100, 2880)
+    assert type(kept.function).__module__ == "faic.cluster", "a job's process must find what is pickled"
     assert f"{number['results']} faic-results" in capsys.readouterr().out
     again = kept._checkpoint_function()
     assert (again.function.job, again.function.folder) == (kept.function.job, kept.function.folder)
@@ -224,32 +248,30 @@ def test_slurm_gets_every_job_with_its_dependencies(slurm, runs, capsys):
 
 def test_slurm_refuses_half_way(slurm, runs):
     (slurm / "refuse").touch()
-    refused = "(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"
-    with pytest.raises(SystemExit, match=refused):
-        main("run --preset smoke --on slurm --partition nowhere".split())
+    message = "(?s)phase1-pix2pix-batch32 was not submitted: .*invalid partition.*scancel 100 101"
+    with pytest.raises(SystemExit, match=message):
+        run_cluster(cluster_options(preset="smoke", on="slurm", partition="nowhere"))
 
 
-NOT_PRINTED = ("error", "output", "open-mode", "wckey", "nodes")  # options that submitit adds
+OF_SUBMITIT = ("error", "output", "open-mode", "wckey", "nodes")  # options that it adds to each script
 
 
-def test_the_dry_run_shows_what_sbatch_gets(slurm, runs, capsys):
-    """The printed options against those of the submitted scripts."""
-    main("plan --preset smoke --models pix2pix --on slurm --qos long".split())
-    printed = capsys.readouterr().out
-    shared, *own = printed[printed.index("sbatch, all jobs:") :].splitlines()
-    main("run --preset smoke --models pix2pix --on slurm --qos long".split())
-    names = {f.stem: asked(f)["job-name"] for f in slurm.glob("*.sh")}
+def test_the_dry_run_shows_what_sbatch_gets(slurm, runs):
+    """The options in the plan against those of the submitted scripts."""
+    options = cluster_options(preset="smoke", models="pix2pix", on="slurm", qos="long")
+    plan = plan_cluster(options)
+    shared, *own = plan[plan.index("sbatch, all jobs:") :].splitlines()
+    run_cluster(options)
+    names = {f.stem: asked(f)["job-name"].removeprefix("faic-") for f in slurm.glob("*.sh")}
     for file, line in zip(sorted(slurm.glob("*.sh")), own, strict=True):
-        flags = dict(re.findall(r"--([\w-]+)(?:=(\S+))?", f"{shared} {line}"))
-        submitted = {k: v for k, v in asked(file).items() if k not in NOT_PRINTED}
+        planned = dict(re.findall(r"--([\w-]+)(?:=(\S+))?", f"{shared} {line}"))
+        submitted = {k: v for k, v in asked(file).items() if k not in OF_SUBMITIT}
         if "dependency" in submitted:
-            kind, *numbers = submitted["dependency"].split(":")
-            jobs = [f"<{names[number].removeprefix('faic-')}>" for number in numbers]
-            submitted |= dict(dependency=":".join([kind, *jobs]))
-        assert flags == submitted
+            submitted["dependency"] = re.sub(r"\d+", lambda n: f"<{names[n[0]]}>", submitted["dependency"])
+        assert planned == submitted
 
 
-# Arguments of the command line.
+# The options of a cluster.
 
 
 def test_seeds_are_jobs_of_their_own_and_share_a_winner():
@@ -257,8 +279,9 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
     assert len(jobs) == 3 * 6 + 2
     variants = [f"phase1-pix2pix-{v}-s{s}" for s in (0, 1, 2) for v in default_variants("pix2pix")]
     for seed in (0, 1, 2):
-        for job in [jobs[name] for name in variants if name.endswith(f"s{seed}")]:
-            assert job.depends_on == (f"phase1-pix2pix-parts-s{seed}",) and job.parameters["seed"] == seed
+        for name in (v for v in variants if v.endswith(f"s{seed}")):
+            assert jobs[name].depends_on == (f"phase1-pix2pix-components-s{seed}",)
+            assert jobs[name].parameters["seed"] == seed
         last = jobs[f"phase2-pix2pix-s{seed}"]
         assert last.depends_on == tuple(variants)
         assert (last.parameters["seeds"], last.parameters["only_seed"]) == (3, str(seed))
@@ -267,22 +290,28 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "given, message",
     [
-        ("run", "needs a folder of 100000 photographs"),
-        ("run --data /nowhere", "is no folder"),
-        ("plan --budget days", "a budget reads like"),
-        ("plan --models pix3pix", "'pix2pix', 'coltran', 'bbdm'"),
-        ("plan --time soon", "time reads like"),
-        ("plan --slurm-extra h100", "expected key=value"),
-        ("plan --gpus 0,1 --at-once 2", "no --at-once beside it"),
-        ("plan --seeds 0", "expected 1 or more"),
+        (dict(), "needs a folder of 100000 photographs"),
+        (dict(preset="tiny"), "expected one of smoke, laptop, gpu, paper"),
+        (dict(on="moon"), "expected one of local, slurm"),
+        (dict(data="/nowhere"), "is no folder"),
+        (dict(preset="smoke", budget="days"), "a budget reads like"),
+        (dict(models="pix3pix"), "'pix2pix', 'coltran', 'bbdm'"),
+        (dict(time="soon"), "time reads like"),
+        (dict(slurm_extra=["h100"]), "expected key=value"),
+        (dict(gpus="0,1", at_once=2), "no --at-once beside it"),
+        (dict(seeds=0), "expected 1 or more"),
     ],
 )
-def test_mistakes_are_reported_at_once(words, message, capsys):
-    with pytest.raises(SystemExit):
-        arguments(words.split())
-    assert message in capsys.readouterr().err
+def test_mistakes_are_found_before_anything_starts(given, message):
+    with pytest.raises(ValueError, match=message):
+        cluster_options(**given)
+
+
+def test_a_plan_needs_no_photographs():
+    options = cluster_options(for_run=False)
+    assert (options.preset, options.data, options.models) == ("paper", "embedded", ["pix2pix", "coltran", "bbdm"])
 
 
 @pytest.mark.parametrize(
@@ -331,6 +360,9 @@ input()
 """
 
 
+NO_PHOTOGRAPHS = dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs")
+
+
 def test_status_of_every_kind_of_run(runs):
     running = made("default", "10 hours", "phase2")
     running.log(step=40, fraction=0.25, seconds=9000.0)
@@ -342,8 +374,8 @@ def test_status_of_every_kind_of_run(runs):
     stopped.log(step=25, fraction=0.25, seconds=10.0)
     (stopped.path / "lock").touch()
     failed = made("beta1-0.7")
-    error = dict(time="2026-11-26T10:00:00+00:00", step=None, error="ValueError", message="no photographs")
-    write_json(failed.path / "error.json", error)
+    write_json(failed.path / "error.json", NO_PHOTOGRAPHS)
+    write_json(running.path / "error.json", NO_PHOTOGRAPHS)
     fresh = made("lr-5e-4")
     table = status().set_index("run")
     states = [table.loc[r.path.name, "state"] for r in (running, stopped, failed, fresh)]
@@ -351,10 +383,58 @@ def test_status_of_every_kind_of_run(runs):
     one = table.loc[running.path.name]
     assert one["used"] == "1.2 of 5 days" and one["seconds"] == 9000
     assert one["left"] == 7.5 * 3600, "of a budget in hours the rest is exact"
-    assert run_progress(stopped)["left"] == 30, "of a budget in steps the rest is estimated from the steps so far"
+    assert pd.isna(one["error"]), "an error of an earlier attempt is over"
+    assert run_progress(stopped).left == 30, "of a budget in steps the rest is estimated from the steps so far"
     assert table.loc[failed.path.name, "error"] == "ValueError: no photographs (step None, 2026-11-26T10:00:00+00:00)"
+    assert table.loc[fresh.path.name, "left"] == 100 * 10 / 25, "a run that has not begun goes by its like"
     holder.communicate(b"\n")
+    (running.path / "error.json").unlink()
     assert status().set_index("run").loc[running.path.name, "state"] == "interrupted"
+
+
+STOPPED = """
+import os, signal
+import numpy as np
+import faic.trainer, together
+from faic.core import Budget, pick_device
+from faic.runs import open_run
+from faic.trainer import Trainer, train_day
+
+check, options = faic.trainer.check_losses, dict(batch_size=2, optimizer="adam", lr=1e-3, beta1=0.5, beta2=0.999)
+options |= dict(schedule="constant", crop=together.SIDE, flip=False, seed=0)
+pixels = np.zeros((4, together.SIDE, together.SIDE, 3), np.uint8)
+
+def train_and_stop(seed, number):
+    def stop_after_3(trainer):
+        check(trainer)
+        if trainer.step == 3:
+            os.kill(os.getpid(), number)
+
+    faic.trainer.check_losses = stop_after_3
+    make, changes = together.TRAINEES["pix2pix"]
+    train = options | changes
+    named = dict(phase="phase1", model="pix2pix", preset="smoke", seed=seed, budget="50 steps", train=train)
+    run = open_run(named, pick_device("cpu"))
+    train_day(Trainer(make(), run, pixels, np.arange(4), Budget(50, "steps"), train, check_every=1).resume(), 1)
+
+try:
+    train_and_stop(0, signal.SIGINT)
+except KeyboardInterrupt:
+    train_and_stop(1, signal.SIGTERM)
+"""
+
+
+def test_a_signal_interrupts_a_run_and_an_error_fails_it(runs):
+    """Two real runs, one stopped by Ctrl-C, one by SIGTERM: both leave error.json, and neither has failed."""
+    ended = subprocess.run([sys.executable, "-c", STOPPED], cwd=Path(__file__).parent, stdout=subprocess.PIPE)
+    assert ended.returncode == -signal.SIGTERM
+    table = status()
+    assert table["state"].tolist() == ["interrupted", "interrupted"] and table["step"].tolist() == [3, 3]
+    assert table["error"].str.contains("stopped after step 3, which is saved").all()
+    error = next(runs.glob("*-s1-*/error.json"))
+    assert read_json(error)["error"] == "TrainingStopped", "the word that an error of training has, too"
+    write_json(error, read_json(error) | dict(message="the loss D is not finite"))
+    assert status()["state"].tolist() == ["interrupted", "failed"]
 
 
 def test_status_survives_damage_and_names_it(runs):
@@ -378,3 +458,74 @@ def test_status_survives_damage_and_names_it(runs):
     ):
         assert message in table.loc[run.path.name, "error"], run.path.name
     assert table.loc[early.path.name, "state"] == "damaged" and json.dumps(describe_status(table.reset_index()))
+
+
+# What remains of a study.
+
+
+def scored(run, day, seconds):
+    """Let a run look trained and scored up to this day."""
+    row = dict(day=day, step=100 * day, training_seconds=seconds * 100 * day, n=48, evaluation_seconds=24.0)
+    run.add_metrics(row | {"FID (X)": 5.0})
+
+
+def study_run_of(variant, phase="phase1", seed=0, **changes):
+    options = dict(phase=phase, model="pix2pix", variant=variant, preset="smoke", seed=seed, data=dict(name="embedded"))
+    budget = "100 steps" if phase == "phase1" else f"{100 * DAYS} steps"
+    train = model_options("pix2pix", "smoke", variant)
+    return open_run(options | dict(budget=budget, train=train) | changes, CPU)
+
+
+def test_a_study_states_what_remains(runs):
+    photographs = photograph_counts("smoke", "embedded")
+    variants = default_variants("pix2pix")
+    for variant in variants[:3]:
+        scored(study_run_of(variant), 1, seconds=0.5)
+    scored(study_run_of(variants[3], budget="99 steps"), 1, seconds=0.5)  # of another study,
+    scored(study_run_of(variants[3], data=dict(name="others")), 1, seconds=0.5)  # as are these two
+    scored(study_run_of(variants[3], seed=1), 1, seconds=0.5)
+    winner = study_run_of(variants[1], "phase2")  # not the variant that the paper's winner is
+    scored(winner, 1, seconds=0.75)
+    scored(winner, 2, seconds=0.75)
+
+    table = study_status("smoke", "embedded", ["pix2pix"], budget="100 steps").set_index("training")
+    assert table["state"].tolist() == ["done"] * 3 + ["to do"] * 2
+    last, phase2 = table.iloc[3], table.loc["phase2-pix2pix"]
+    assert (last["share"], last["left"], last["run"]) == (0, 50, ""), "100 steps of half a second"
+    assert last["evaluation"] == photographs["validation"] * 24 / 48
+    assert (phase2["share"], phase2["run"]) == (2 / DAYS, winner.path.name)
+    assert phase2["left"] == pytest.approx((DAYS - 2) * 75)
+    assert phase2["evaluation"] == (DAYS - 2) * photographs["test"] * 24 / 48
+    words = describe_study_status(table.reset_index())
+    assert "5 trainings: 3 done, 2 to do." in words and "4 min 35 s of training" in words
+    assert max(map(len, words.splitlines())) <= 120
+
+    several = study_status("smoke", "embedded", ["pix2pix"], seeds=2, budget="100 steps")
+    assert several.groupby("seed")["state"].apply(lambda s: (s == "done").sum()).tolist() == [3, 1]
+    assert set(several["training"]) == set(table.index)
+
+
+def test_a_study_lists_each_component_once(runs):
+    table = study_status("smoke", "embedded", ["bbdm"])
+    assert table["training"].is_unique and (table["state"] == "to do").all()
+    components = [t for t in table["training"] if "vqgan" in t]
+    assert components == [f"{p}-vqgan_f4{kind}" for kind in ("", "_plain") for p in ("phase1", "phase2")]
+    words = describe_study_status(table)
+    assert "no run here has measured it: phase1-vqgan_f4, " in words
+
+
+def test_a_trial_turns_hours_into_steps(runs):
+    with pytest.raises(ValueError, match="faic run phase1 -p model pix2pix -p preset laptop"):
+        budgets_in_steps("laptop", 0.5)
+    trial = dict(phase="phase1", variant="default", preset="laptop", seed=0, budget="200 steps")
+    for name, seconds in (("pix2pix", 0.25), ("coltran_color", 0.5)):
+        run = open_run(trial | dict(model=name, train=model_options(name, "laptop")), pick_device())
+        run.log(step=200, fraction=1, seconds=200 * seconds)
+    found = budgets_in_steps("laptop", 0.5)
+    assert found["pix2pix"] == "7200 steps" and found["bbdm"] is None
+    assert found["coltran_color"] == ("360 steps", "360 steps"), "three minutes in each phase"
+    elsewhere = read_json(run.path / "options.json")
+    elsewhere["made"]["device"] = "another machine"
+    write_json(run.path / "options.json", elsewhere)
+    assert budgets_in_steps("laptop", 0.5)["coltran_color"] == (None, None)
+    assert budgets_in_steps("laptop", 0.5, read_runs(model="coltran_color"))["coltran_color"][0] == "360 steps"
