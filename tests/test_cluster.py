@@ -304,7 +304,7 @@ def test_seeds_are_jobs_of_their_own_and_share_a_winner():
         (dict(seeds=0), "expected 1 or more"),
     ],
 )
-def test_mistakes_are_found_before_anything_starts(given, message):
+def test_mistakes_are_reported_at_once(given, message):
     with pytest.raises(ValueError, match=message):
         cluster_options(**given)
 
