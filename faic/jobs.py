@@ -405,7 +405,7 @@ def describe_study_status(
     for column, what in (('left', 'training'), ('evaluation', 'evaluation')):
         unknown = table.loc[table[column].isna(), 'training']
         if len(unknown):
-            lines.append(f'The sum lacks the {what} of these, as no run here has measured it: {", ".join(unknown)}.')
+            lines.append(f'The sum lacks the {what} of {len(unknown)} marked "?": no run here has measured it.')
     return shown.to_string() + '\n\n' + '\n'.join(lines)
 
 def _format_left(seconds, state):

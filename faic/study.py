@@ -147,7 +147,8 @@ def run_notebook(
         with changed_environment(**variables):
             papermill.execute_notebook(
                 repo_root()/'nbs'/f'{name}.ipynb', out, parameters=parameters, progress_bar=False,
-                kernel_name='python3', kernel_manager_class=patient_kernel_manager(), extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+                kernel_name="python3", kernel_manager_class=patient_kernel_manager(),
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except papermill.PapermillExecutionError as e:
         if e.ename == 'KeyboardInterrupt':
             raise KeyboardInterrupt(e.evalue) from None

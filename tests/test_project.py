@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = {nb.stem.split("_", 1)[1]: int(nb.stem[:2]) for nb in NOTEBOOKS if nb.stem[:2].isdigit()}
+MODULES["__main__"] = MODULES.pop("main")
 PAPERMILL = ("phase1", "phase2", "inference_time", "results", "failures", "colorize")
 
 
