@@ -527,7 +527,7 @@ def test_the_real_photographs_are_looked_at_once_and_again_where_that_was_damage
         feature_net = Judge()
         rows.append(evaluate(gray_baseline, photos, "test", feature_net)[0]["photograph"])
         counts.append(feature_net.images)
-        assert ("looking at the photographs again" in capsys.readouterr().out) == bool(damage)
+        assert ("computing the features of the photographs again" in capsys.readouterr().out) == bool(damage)
     assert counts == [6, 2, 4, 4], "two colorized, two real of the test and two of the validation part"
     same = lambda row: {k: v for k, v in row.items() if k != "evaluation_seconds"}
     assert all(str(same(r)) == str(same(rows[0])) for r in rows)
