@@ -391,13 +391,14 @@ def make_bbdm(
 )->BBDM:
     "A BBDM from the options of a run."
     o = options
-    names = ('factor', 'latent_channels', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors', 'conditioning',
-             'normalize', 'objective', 'loss')
+    names = ('factor', 'latent_channels', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors',
+             'conditioning', 'normalize', 'objective', 'loss')
     return BBDM(**{n: o[n] for n in names}, latent_side=o['side']//o['factor'], groups=norm_groups(o['channels']),
                 first_stage=next(iter(components.values()), None), seed=seed)
 
 def _colorizer(trainee, sampling, components):
-    return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=sampling.get('precision', 'float32'))
+    precision = sampling.get('precision', 'float32')
+    return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=precision)
 
 # %% ../nbs/24_bbdm.ipynb #030ea743
 def sampling_steps_check(value):
@@ -428,8 +429,10 @@ ARCHITECTURE = Architecture(
     parameters=_parameters,
     latents={
         'f4': dict(factor=4, latent_channels=3, attention_factors=[32, 16, 8], conditioning='nocond', normalize=True),
-        'f8': dict(factor=8, latent_channels=4, attention_factors=[32, 16, 8], conditioning='nocond', normalize=True, flip=True),
-        'f16': dict(factor=16, latent_channels=8, attention_factors=[16, 8, 4], conditioning='nocond', normalize=True, flip=True),
+        'f8': dict(factor=8, latent_channels=4, attention_factors=[32, 16, 8], conditioning='nocond', normalize=True,
+                   flip=True),
+        'f16': dict(factor=16, latent_channels=8, attention_factors=[16, 8, 4], conditioning='nocond', normalize=True,
+                    flip=True),
         'none': dict(factor=1, latent_channels=3, attention_factors=[32, 16, 8], conditioning='y', normalize=False),
     },
     external_latents=dict(normalize=False),

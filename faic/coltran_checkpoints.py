@@ -352,7 +352,8 @@ def official_networks(
             wrong.append(f'{OFFICIAL_FOLDERS[name]} is for {height}x{width} pixels, not {wanted}x{wanted}')
     if wrong:
         raise ValueError(f'these checkpoints do not fit photographs of {side}x{side}: {"; ".join(wrong)}. '
-                         'The published ones need the preset paper (256x256); those without a spatial upsampler need laptop or gpu (64x64)')
+                         'The published ones need the preset paper (256x256); '
+                         'those without a spatial upsampler need laptop or gpu (64x64)')
     return networks
 
 # %% ../nbs/28_coltran_checkpoints.ipynb #dde6be9c

@@ -47,7 +47,8 @@ def _draw_upsampler(ax, left, title, net):
     rows = [_row(f'vectors of {bits} bits and of gray;\nmix, add positions'),
             _row('row, column attention,\nfeed-forward, as above'),
             _row(f'{net.head.out_features} logits, the largest')]
-    return box_column(ax, left, 1.5, _WIDTH, f'{title}\n{count_params(net):,} parameters', rows, len(net.encoder.blocks)//2)
+    title = f'{title}\n{count_params(net):,} parameters'
+    return box_column(ax, left, 1.5, _WIDTH, title, rows, len(net.encoder.blocks)//2)
 
 # %% ../nbs/18_coltran_figure.ipynb #c0ada546
 def _draw_colorizer(ax, net): # to the boxes of its gray picture and of its symbols

@@ -16,7 +16,8 @@ PAPER_TABLES = {
                       FID={'default': 46.76, 'beta1-0.7': 46.28, 'l2': 50.56, 'lr-5e-4': 48.11}),
     'Table IV': dict(images=5000, device='RTX 3090', hours={ # h:mm, by model and stage
         ('pix2pix', 'colorize'): '0:03', ('bbdm', 'colorize'): '2:40',
-        ('coltran', 'colorizer'): '6:50', ('coltran', 'color upsampler'): '0:04', ('coltran', 'spatial upsampler'): '0:42'}),
+        ('coltran', 'colorizer'): '6:50', ('coltran', 'color upsampler'): '0:04',
+        ('coltran', 'spatial upsampler'): '0:42'}),
 }
 PAPER_IMAGES = 5000 # validation and test images behind each of its FIDs
 MODEL_NAMES = {t['model']: t['name'] for t in PAPER_TABLES.values() if 'model' in t}

@@ -133,8 +133,8 @@ def train_variants(p, place:Workplace)->list: # of Run, the variants of each see
     seeds = range(p.seed, p.seed + p.seeds)
     for seed in ProgressBar(seeds, desc=f'seeds of {p.model}', unit='task', disable=p.seeds == 1):
         components, sampling = prepare_components(
-            p.model, 'phase1', p.preset, seed, place.photos, resolve_sampling(p.model, p), place.feature_net, place.device,
-            p.latent, p.first_stage, len(p.variants), **loop_options)
+            p.model, 'phase1', p.preset, seed, place.photos, resolve_sampling(p.model, p), place.feature_net,
+            place.device, p.latent, p.first_stage, len(p.variants), **loop_options)
         before = len(components)
         for variant in ProgressBar(p.variants, desc=f'phase 1 {p.model}', unit='task', initial=before,
                                    total=before + len(p.variants)):
@@ -215,8 +215,8 @@ def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed
     seeds = range(p.seed, p.seed + p.seeds) if p.only_seed == '' else [p.only_seed]
     for seed in ProgressBar(seeds, desc=f'seeds of {p.model}', unit='task', disable=p.seeds == 1):
         components, sampling = prepare_components(
-            p.model, 'phase2', p.preset, seed, place.photos, resolve_sampling(p.model, p), place.feature_net, place.device,
-            p.latent, p.first_stage, DAYS, **loop_options)
+            p.model, 'phase2', p.preset, seed, place.photos, resolve_sampling(p.model, p), place.feature_net,
+            place.device, p.latent, p.first_stage, DAYS, **loop_options)
         run = study_run('phase2', p.model, variant, p.preset, seed, place.photos, budget, place.device, p.latent,
                         p.first_stage)
         runs.append(run_days(run, place.photos, place.feature_net, sampling, place.device, components, **loop_options))
