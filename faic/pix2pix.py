@@ -88,7 +88,7 @@ class UNet(nn.Module):
 
     def mask_shapes(self, height:int, width:int)->list:
         "Shapes (C,H,W) of the dropout masks for an input of this size, in the order of execution."
-        return [(self.up[k].out_channels, height >> k, width >> k) for k in range(self.levels - 2, 3, -1)]
+        return [(self.up[k].out_channels, height >> k, width >> k) for k in range(self.levels - 2, 3, -1)] # without the innermost and the four outermost
 
     def forward(self,
         L:Tensor, # (B,in_channels,H,W) in [-1,1]
@@ -313,7 +313,7 @@ def load_unet(
 def make_pix2pix(
     options:dict, # of a run
     seed:int=0, # of the initial weights
-    components:dict={}, # unused
+    components:dict={}, # networks trained before it; Pix2Pix needs none
 )->Pix2Pix:
     "A Pix2Pix from the options of a run."
     o = options
