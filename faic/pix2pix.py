@@ -88,7 +88,8 @@ class UNet(nn.Module):
 
     def mask_shapes(self, height:int, width:int)->list:
         "Shapes (C,H,W) of the dropout masks for an input of this size, in the order of execution."
-        return [(self.up[k].out_channels, height >> k, width >> k) for k in range(self.levels - 2, 3, -1)] # without the innermost and the four outermost
+        between = range(self.levels - 2, 3, -1) # the innermost and the four outermost levels have no dropout
+        return [(self.up[k].out_channels, height >> k, width >> k) for k in between]
 
     def forward(self,
         L:Tensor, # (B,in_channels,H,W) in [-1,1]
