@@ -171,8 +171,10 @@ def pick_device(
         raise ValueError(f"device {device!r} is unknown to torch; use 'auto', 'cpu' or 'cuda'") from e
     if chosen.type not in ('cpu', 'cuda'):
         raise ValueError(f"device {device!r}: this study runs on 'cpu' or 'cuda'")
+    if chosen.type == 'cpu':
+        return chosen # without asking CUDA, which a process that forks must not
     count = torch.cuda.device_count()
-    if chosen.type == 'cuda' and (chosen.index or 0) >= count:
+    if (chosen.index or 0) >= count:
         raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees {count} CUDA devices; "
                          "use 'auto' or 'cpu'")
     return chosen

@@ -123,7 +123,8 @@ def resumed(device, model, rehearse, seconds):
         array = photographs(64, options["load_side"])
         trainee, run, budget = make_trainee(model, options), Run(folder, dict(model=model)), Budget(count, "steps")
         often = dict(save_minutes=0, check_every=every)
-        train_day(Trainer(trainee, run, array, np.arange(len(array)), budget, options, 1, device, **often), 1)
+        trainer = Trainer(trainee, run, array, np.arange(len(array)), budget, options, 1, device, **often)
+        train_day(trainer.resume(), 1)
 
     with tempfile.TemporaryDirectory() as root:
         folders = {name: Path(root) / name for name in ("alone", "again", "killed")}
