@@ -162,7 +162,7 @@ def _variant_samples(selection, model):
     samples = {}
     for variant in dict.fromkeys([*PAPER_FID.get(model, {}), *run_here]):
         run = selection.find('phase1', model, variant)
-        title = f'{variant} (winner)' if winner and winner['variant'] == variant else variant
+        title = f'{variant} (winner)' if winner and winner.variant == variant else variant
         if run:
             title += _fid_line(primary_rows(run).iloc[-1], network_name)
         samples[title] = read_samples(run)

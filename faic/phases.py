@@ -26,7 +26,8 @@ from .parameters import notebook_parameters, resolve_sampling
 from .photos import Photos, describe
 from .presets import DAYS, day_budget, describe_sampling
 from .runs import Run, primary_rows, read_samples, sample_file
-from .selection import competing_runs, describe_lead, phase1_winner, write_winner
+from .selection import phase1_winner
+from .winner import Winner, competing_runs, describe_lead, write_winner
 
 # %% ../nbs/47_phases.ipynb #6af31990
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Phase:
     losses:list # one DataFrame a run: the logged losses by step
     pictures:dict # name -> samples (8,H,W,3) uint8, of the first seed
     messages:list # sentences beside the table
-    winner:dict=None # of phase 1, see `write_winner`; None where no variants were compared
+    winner:Winner=None # of phase 1; None where no variants were compared
     variant:str='' # of phase 2: the one that was trained
     reason:str='' # of phase 2: why that one
 
@@ -160,13 +161,13 @@ def compare_variants(
     columns = [c for c in score_columns(scores, network_name) if not c.startswith('IS ')]
     return scores[columns].sort_values(columns[0])
 
-def winner_message(runs:list, winner:dict)->str:
+def winner_message(runs:list, winner:Winner)->str:
     "Which variant has won phase 1, or why none has."
     if not runs:
         return 'no variant was asked for: the baselines are scored, the components are trained'
     if not winner:
         return 'one variant alone wins nothing; phase 2 takes the winner of the paper until another has run'
-    return f"winner: {winner['variant']}, {winner['metric']} {winner['value']:.2f} ({describe_lead(winner)})"
+    return f"winner: {winner.variant}, {winner.metric} {winner.value:.2f} ({describe_lead(winner)})"
 
 # %% ../nbs/47_phases.ipynb #e64d9282
 def run_phase2(

@@ -75,18 +75,18 @@ def _paper_notes(paper):
 
 def _winner_note(winner, several_seeds):
     over = f', mean {seeds_compared(winner)}' if several_seeds else ''
-    sentence = f"Our winner: {winner['variant']}, by {winner['metric']}{over}"
-    if winner['decided']:
+    sentence = f"Our winner: {winner.variant}, by {winner.metric}{over}"
+    if winner.decided:
         return f'{sentence}.'
-    if winner['decided'] is None:
+    if winner.decided is None:
         why = f"there are too few {'seeds' if several_seeds else 'images'} for intervals"
     else:
         why = 'its lead lies inside the intervals'
     return f'{sentence}; {why}, so this is a choice and not a finding.'
 
 def _mark_winner(entry, winner): # the entry with the column 'chosen'
-    decided = 'winner' if winner['decided'] else 'winner, undecided'
-    return replace(entry, numbers=entry.numbers | dict(chosen=decided if entry.title == winner['variant'] else ''))
+    decided = 'winner' if winner.decided else 'winner, undecided'
+    return replace(entry, numbers=entry.numbers | dict(chosen=decided if entry.title == winner.variant else ''))
 
 # %% ../nbs/52_score_tables.ipynb #52a10004
 def variants_table(

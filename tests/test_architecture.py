@@ -79,10 +79,10 @@ def toy(tmp_path, monkeypatch):
 def test_the_study_works_with_a_further_architecture(photographs, toy):
     """Phase 1, phase 2, a table, a figure, a colorized photograph and the status."""
     first = run_phase1("toy", data=str(photographs), **TINY)
-    assert {r.options["variant"] for r in first.runs} == set(TOY.variants) and first.winner["variant"] in TOY.variants
+    assert {r.options["variant"] for r in first.runs} == set(TOY.variants) and first.winner.variant in TOY.variants
     second = run_phase2("toy", data=str(photographs), gain=1, **TINY)
     (run,) = second.runs
-    assert second.variant == first.winner["variant"] and second.reason.startswith("phase 1's winner")
+    assert second.variant == first.winner.variant and second.reason.startswith("phase 1's winner")
     assert sorted(set(run.metrics()["day"])) == [1, 2, 3, 4, 5]
 
     page = select_runs("smoke", photographs.name, 0)

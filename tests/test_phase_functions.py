@@ -49,13 +49,13 @@ def test_the_page_of_results_has_its_notebook_s_parameters():
 def test_phase1_and_phase2_return_what_the_notebooks_show(photographs, quick):
     first = run_phase1("pix2pix", data=str(photographs), variants="default,lr-5e-4", **TINY)
     variants = ["default", "lr-5e-4"]
-    assert [r.options["variant"] for r in first.runs] == variants and first.winner["variant"] in first.scores.index
+    assert [r.options["variant"] for r in first.runs] == variants and first.winner.variant in first.scores.index
     assert first.scores["FID (quarters)"].is_monotonic_increasing
     assert list(first.pictures) == ["gray", "ground truth", *variants]
-    assert first.messages[0].startswith(f"winner: {first.winner['variant']}, FID (quarters)")
+    assert first.messages[0].startswith(f"winner: {first.winner.variant}, FID (quarters)")
     second = run_phase2("pix2pix", data=str(photographs), **TINY)
     (run,) = second.runs
-    assert second.variant == run.options["variant"] == first.winner["variant"]
+    assert second.variant == run.options["variant"] == first.winner.variant
     assert second.reason.startswith("phase 1's winner")
     assert second.scores.index.tolist() == [(day, "photograph") for day in range(1, 6)]
     assert second.scores["step"].tolist() == [3, 6, 9, 12, 15]
