@@ -157,7 +157,8 @@ def test_inference_time(phase2, photographs, tmp_path):
     assert len(read_runs(phase="inference", model="coltran")) == 1
     (run,) = read_runs(phase="inference", model="pix2pix")
     table = pd.read_csv(run.path / "metrics.csv")
-    assert table["batch_size"].tolist() == [1, 8]
+    assert all(rows["batch_size"].tolist() == [1, 8] for _, rows in table.groupby("precision"))
+    assert "float32" in set(table["precision"])
     assert (table["seconds_per_image"] > 0).all() and (table["gflop_per_image"] > 0).all()
     assert table["peak_share"].between(0, 1.5).all()
 
