@@ -518,7 +518,7 @@ def test_seeds_give_mean_and_spread(folders):
     assert rows.loc[[f"default, seed {s}" for s in range(3)], FID].tolist() == [80, 84, 85]
     assert rows.loc["default, seed 1", f"{FID} low"] == 82
     assert (rows["status"] == "run").sum() == 2 and (rows["status"] == "seed").sum() == 5
-    winners = [winner_of(s, "pix2pix")["variant"] for s in (select_runs("smoke", "embedded", 0), selection)]
+    winners = [winner_of(s, "pix2pix").variant for s in (select_runs("smoke", "embedded", 0), selection)]
     assert winners == ["batch32", "default"]
     text = table.markdown()
     for sentence in (
