@@ -25,8 +25,8 @@ from .dataset import cached_array, load_photos, resized_for_crops
 from .evaluate import REFERENCE_SPLIT, evaluate, reconstruction, sample_rows
 from .first_stages import codebook_usage, external_first_stage, external_name
 from .photos import Photos, list_hashes
-from .presets import (DAYS, PRESETS, all_components, component_budget, components_of, find_architecture, make_trainee,
-                      model_options, preset_side)
+from .presets import (DAYS, PRESETS, all_components, component_budget, components_of, find_architecture,
+                      make_trainee, model_options, preset_side)
 from .resume import load_weights, work_done
 from .runs import Run, keep_samples, open_run
 from .trainer import Trainer, train_day
