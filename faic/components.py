@@ -138,6 +138,7 @@ def prepare_latents(
     first = rows(0, 1)
     return cached_array(path, (len(array), *first.shape[1:]), first.dtype, make, 'preparing latents')
 
+# %% ../nbs/44_components.ipynb #aedf48f2
 def cached_latents(
     trainee, # with its first stage
     run:Run, # whose options name the first stage
@@ -177,6 +178,7 @@ def component_options(
     first = component_options(component, 'phase1', preset, seed, photos)
     return options | dict(continues=short_hash(first))
 
+# %% ../nbs/44_components.ipynb #128b165a
 def component_hashes(
     model:str,
     phase:str, # 'phase1' or 'phase2'
@@ -192,6 +194,7 @@ def component_hashes(
         names = [n for n in names if all_components()[n].measure != 'reconstruction']
     return {n: short_hash(component_options(n, phase, preset, seed, photos)) for n in names}
 
+# %% ../nbs/44_components.ipynb #1f1940ee
 def hash_sampling(
     model:str,
     sampling:dict,
@@ -337,6 +340,7 @@ def prepare_components(
     hashes = component_hashes(model, phase, preset, seed, photos, latent, first_stage)
     return {n: networks[n] for n in names}, hash_sampling(model, sampling, hashes)
 
+# %% ../nbs/44_components.ipynb #f223b4b2
 def external_components(
     model:str,
     names:tuple, # of the components that are needed

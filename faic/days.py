@@ -121,6 +121,7 @@ def run_days(
             evaluate_day(run, day, weights, photos, feature_net, sampling, device, components)
     return run
 
+# %% ../nbs/46_days.ipynb #2cbf749f
 def make_preview(
     run:Run,
     photos:Photos,
@@ -159,6 +160,7 @@ def evaluate_day(
         load_weights(trainee, weights, device)
         score(run, trainee, photos, feature_net, sampling, device, components, day, work_done(weights))
 
+# %% ../nbs/46_days.ipynb #48915fa0
 def missing_rows(run:Run, trainee, day:int, sampling:dict)->list: # of 'model', 'photograph'
     "Which rows of an evaluation are not in the run's metrics."
     name, modes = describe_sampling(sampling), lightness_modes(trainee.keeps_lightness)
@@ -168,6 +170,7 @@ def eval_batch_size(options:dict, device)->int: # options of a run
     "How many photographs are colorized together when they are scored."
     return 10 if options.get('latent') == 'none' and device.type == 'cpu' else 50 # see above
 
+# %% ../nbs/46_days.ipynb #6e8ee570
 def score(
     run:Run,
     trainee, # trained

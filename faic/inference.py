@@ -56,6 +56,7 @@ class TimedModel:
             net.to(device).eval()
         return self
 
+# %% ../nbs/59_inference.ipynb #1714d794
 def untrained_components(
     model:str,
     preset:str,
@@ -166,6 +167,7 @@ def time_training(
                 cpu_seconds_per_step=size*timed['cpu_seconds_per_image'],
                 images_per_second=1/timed['seconds_per_image'], peak_gb=timed['peak_gb'])
 
+# %% ../nbs/59_inference.ipynb #53b87abc
 def training_table(
     parameters,
     photos:Photos,
@@ -222,6 +224,7 @@ def fewer_photos(
     fingerprint = short_hash([photos.fingerprint, len(few['validation'])])
     return replace(photos, fingerprint=fingerprint, splits=photos.splits | few)
 
+# %% ../nbs/59_inference.ipynb #ce5e037d
 def _timed_scores(colorize, gray_kind, keeps_lightness, photos, feature_net, seed, device, batch_size=50): # rows
     spent = []
     def clocked(gray, generators):
@@ -275,6 +278,7 @@ class InferenceTimes:
     steps:dict # model -> its Run with scores by the number of sampling steps
     photos:Photos
 
+# %% ../nbs/59_inference.ipynb #a660b576
 def run_inference_time(
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', or a folder of photographs
@@ -309,6 +313,7 @@ def run_inference_time(
     training = training_table(p, photos, list(useful), where)
     return InferenceTimes(rates, times, training, messages, steps, photos)
 
+# %% ../nbs/59_inference.ipynb #2b89e798
 def _steps_or_reason(timed, rows, p, photos, device): # (run or None, why there is none)
     title = find_architecture(timed.model).title
     if timed.run is None:

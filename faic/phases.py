@@ -42,6 +42,7 @@ class Phase:
     variant:str='' # of phase 2: the one that was trained
     reason:str='' # of phase 2: why that one
 
+# %% ../nbs/47_phases.ipynb #fb1f6910
 @dataclass(frozen=True)
 class Workplace:
     "Where a phase works: its device, photographs and feature network."
@@ -83,6 +84,7 @@ def score_columns(scores:pd.DataFrame, network_name:str)->list: # of names
     wanted = [*features, 'PSNR', 'SSIM', 'chroma error', 'colorfulness', 'step']
     return [c for c in wanted if c in scores]
 
+# %% ../nbs/47_phases.ipynb #159f5d7b
 def loss_table(run:Run)->pd.DataFrame: # step, a column a loss
     "The losses in a run's log."
     log = pd.DataFrame([e for e in run.events() if 'fraction' in e])
@@ -127,6 +129,7 @@ def run_phase1(
     messages = [winner_message(runs, winner), *discriminator_messages(runs, p.seeds > 1)]
     return Phase(runs, scores, [loss_table(r) for r in runs], pictures, messages, winner)
 
+# %% ../nbs/47_phases.ipynb #c1852a93
 def train_variants(p, place:Workplace)->list: # of Run, the variants of each seed in turn
     "Train the components and then the variants of each seed, and score them."
     loop_options, runs = loop_arguments(p), []
@@ -145,6 +148,7 @@ def train_variants(p, place:Workplace)->list: # of Run, the variants of each see
                                  **loop_options))
     return runs
 
+# %% ../nbs/47_phases.ipynb #571783e0
 def _variant_name(run, seeds): return run.options['variant'] + (f", seed {run.options['seed']}" if seeds > 1 else '')
 
 def compare_variants(
@@ -209,6 +213,7 @@ def run_phase2(
     messages = discriminator_messages(runs, p.seeds > 1)
     return Phase(runs, scores, [loss_table(r) for r in runs], pictures, messages, variant=variant, reason=reason)
 
+# %% ../nbs/47_phases.ipynb #a1343205
 def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed, the name of its sampling)
     "Train the components and then the five days of each seed, and score them."
     loop_options, runs, names = loop_arguments(p), [], []
@@ -229,6 +234,7 @@ def score_pretrained(p, place:Workplace)->Run:
     return run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
                           resolve_sampling(p.model, p), place.device)
 
+# %% ../nbs/47_phases.ipynb #2cd50a4d
 def compare_days(
     runs:list, # of Run
     sampling_names:list, # one a run
@@ -286,6 +292,7 @@ def launch_processes(
         if group.returncode:
             raise RuntimeError(f'{processes} processes stopped: {first_error(output.read())}')
 
+# %% ../nbs/47_phases.ipynb #f840642b
 def _draw_until_done(group, mirror, processes): # the innermost bar of the first process
     with ProgressBar(total=1, desc=f'{processes} processes', leave=False) as bar:
         while group.poll() is None:
