@@ -20,8 +20,9 @@ from .color import luma, to_uint8, transfer_lightness
 from .coltran import center_crop_resize
 from .components import find_components
 from .core import ProgressBar, make_generator, pick_device
+from .image_files import to_rgb
 from .parameters import notebook_parameters, resolve_sampling
-from .photos import list_files, to_rgb
+from .photos import list_files
 from .presets import make_colorizer, make_trainee
 from .resume import load_weights
 from .runs import Run

@@ -21,6 +21,7 @@ from PIL import Image
 
 import faic.color
 import faic.dataset
+import faic.image_files
 import faic.photos
 from faic.batches import ordered_batches, training_batches
 from faic.color import scale_lab, scaled_lab
@@ -212,8 +213,7 @@ def test_not_permitted(folder, monkeypatch):
                 raise PermissionError(13, "Permission denied", str(path))
             return really_open(path, *args, **kw)
 
-        for module in (faic.photos, faic.dataset):
-            monkeypatch.setattr(module, "open", refusing, raising=False)
+        monkeypatch.setattr(faic.image_files, "open", refusing, raising=False)
     assert prepared(folder, "secret.png")[1]["status"] == "unreadable: PermissionError"
 
 
@@ -311,6 +311,7 @@ def test_too_few_photographs_is_an_error_with_reasons(folder):
 KILLED = """
 import sys, time
 import faic.dataset
+import faic.image_files
 import faic.photos
 faic.dataset.CHUNK = 8
 read = faic.photos.read_photo
