@@ -1,5 +1,6 @@
 """The project holds together: exports, notebooks, README, imports, and the notebooks' own checks."""
 
+import ast
 import json
 import os
 import re
@@ -84,6 +85,27 @@ def test_a_notebook_imports_only_from_smaller_numbers():
         for module in re.findall(r"^\s*(?:from|import) faic\.(\w+)", source, re.M):
             assert MODULES[module] < int(nb.stem[:2]), f"{nb.name} imports faic.{module}"
         assert "import *" not in source, nb.name
+
+
+@pytest.mark.parametrize("nb", NOTEBOOKS, ids=[nb.stem for nb in NOTEBOOKS])
+def test_a_cell_imports_or_computes(nb):
+    """nbdev's documentation tools run every cell that imports, and no cell that only computes."""
+    for cell in cells(nb):
+        source = "".join(cell["source"])
+        body, imports = ast.parse(source).body, (ast.Import, ast.ImportFrom)
+        importing = [isinstance(node, imports) for node in body]
+        assert all(importing) or not any(importing), f"split the cell {cell['id']}:\n{source}"
+        inner = any(isinstance(node, imports) for node in ast.walk(ast.Module(body, [])))
+        assert all(importing) or not inner or "#| export" in source, f"move the import of {cell['id']} up:\n{source}"
+
+
+@pytest.mark.slow
+def test_documentation_tools_run_through(copy):
+    shutil.copy(ROOT / "README.md", copy)
+    done = run("nbdev_proc_nbs", "--n_workers", "0", cwd=copy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "imports and other code" not in done.stderr, done.stderr[-3000:]
+    assert {f.stem for f in (copy / "_proc").glob("*.ipynb")} == {nb.stem for nb in NOTEBOOKS}
 
 
 def test_package_needs_neither_nbdev_nor_papermill():
