@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import Architecture, at_least, integer
+from .bbdm_figure import draw_bbdm
 from .bridge import (Bridge, bridge_target, check_objective, estimate_x0, p_sample, posterior_coefficients,
                          predict_x0, sampling_timesteps)
 from .color import luma
@@ -436,4 +437,5 @@ ARCHITECTURE = Architecture(
         'none': dict(factor=1, latent_channels=3, attention_factors=[32, 16, 8], conditioning='y', normalize=False),
     },
     external_latents=dict(normalize=False),
+    drawings=dict(figure3=draw_bbdm),
 )

@@ -22,6 +22,7 @@ from .architecture import Architecture, Component, PublishedWeights, at_least, c
 from .axial import ConditionalNorm, ConditioningConfig
 from .checkpoints import check_tensors
 from .coltran import ColTran, ColTranColor, ColTranSpatial, Colorizer, Upsampler
+from .coltran_figure import draw_coltran
 from .coltran_sampler import coltran_colorizer
 from .core import short_hash
 from .tf_checkpoints import read_tensor, select_ema_variables, tensor_places
@@ -444,4 +445,5 @@ ARCHITECTURE = Architecture(
     parameters=_parameters,
     components=(COLOR, SPATIAL),
     published=PublishedWeights('upsamplers', official_folders, official_networks, official_name),
+    drawings=dict(figure1=draw_coltran),
 )
