@@ -7,10 +7,10 @@ __all__ = ['RESULT_SOFTWARE', 'RESULTS_MARKER', 'USUAL_THREADS', 'NOWHERE', 'rep
            'atomic_write', 'write_bytes', 'write_json', 'read_json', 'short_hash', 'make_generator', 'BatchGenerator',
            'sample_per_image', 'randint_sampler', 'is_main_process', 'file_lock', 'pick_device', 'device_name',
            'has_bfloat16', 'set_deterministic', 'usable_cores', 'busy_cores', 'free_cores', 'set_threads',
-           'leave_busy_cores', 'Budget', 'ProgressBar']
+           'leave_busy_cores', 'Budget', 'kernel_shell', 'CellBars', 'ProgressBar']
 
 # %% ../nbs/00_core.ipynb #80527373
-import hashlib, json, os, platform, time
+import hashlib, json, os, platform, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -308,18 +308,56 @@ class Budget:
 # %% ../nbs/00_core.ipynb #7b654f7d
 NOWHERE = open(os.devnull, 'w')
 
+def kernel_shell(): # None in a terminal
+    "Return the shell of the Jupyter kernel that this process is."
+    ipython = sys.modules.get('IPython') # every kernel has imported it
+    shell = ipython.get_ipython() if ipython else None
+    return shell if hasattr(shell, 'kernel') else None
+
+class CellBars:
+    "The open bars of a notebook's running cell: one output, updated in place and emptied at the end."
+    def __init__(self):
+        self.cell, self.lines = None, {} # execution count of the cell; bar -> its line
+
+    def draw(self,
+        shell, # of the kernel
+        bar, # a ProgressBar
+        line:str, # '' when the bar is closed
+    ):
+        "Draw all open bars after one of them has changed."
+        from IPython.display import publish_display_data
+        new_cell = line and self.cell != shell.execution_count
+        if new_cell: # bars that an error left open end with their cell
+            self.cell, self.lines = shell.execution_count, {}
+        if line:
+            self.lines[id(bar)] = line
+        elif id(bar) in self.lines:
+            del self.lines[id(bar)]
+        else:
+            return
+        shown = {'text/plain': '\n'.join(self.lines.values())} if self.lines else {}
+        output = dict(display_id=f'faic-bars-{os.getpid()}-{self.cell}')
+        publish_display_data(shown, transient=output, update=not new_cell)
+
 class ProgressBar(tqdm):
-    "A tqdm bar that mirrors its state into the file `FAIC_PROGRESS`."
+    "A tqdm bar that a notebook shows but does not store, and that mirrors its state into the file `FAIC_PROGRESS`."
     live = {} # depth -> state of the bar that is open there
+    cell_bars = CellBars()
 
     def __init__(self, *args, **options):
-        if os.environ.get('FAIC_PROGRESS'): # another process draws it: an executed notebook keeps no pieces of it
-            options.setdefault('file', NOWHERE)
+        mirrored = os.environ.get('FAIC_PROGRESS') # another process draws it
+        self.shell = None if mirrored or 'file' in options else kernel_shell()
+        if mirrored or self.shell:
+            options.setdefault('file', NOWHERE) # a notebook would store every move
+        if self.shell:
+            options.setdefault('mininterval', .5)
         super().__init__(*args, **options)
 
     def display(self, msg=None, pos=None):
         shown = super().display(msg, pos)
         self._mirror(dict(desc=self.desc.rstrip(': '), n=self.n, total=self.total, unit=self.unit))
+        if self.shell:
+            self.cell_bars.draw(self.shell, self, str(self))
         return shown
 
     def close(self):
@@ -327,6 +365,8 @@ class ProgressBar(tqdm):
         super().close()
         if was_open:
             self._mirror(None)
+            if self.shell:
+                self.cell_bars.draw(self.shell, self, '')
 
     def _mirror(self, state):
         mirror, depth = os.environ.get('FAIC_PROGRESS'), getattr(self, '_depth', None)
