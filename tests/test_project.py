@@ -20,9 +20,10 @@ MODULES["__main__"] = MODULES.pop("main")
 PAPERMILL = ("phase1", "phase2", "inference_time", "results", "failures", "colorize")
 
 
-def run(*command, **kwargs):
-    """Run a command with this interpreter's programs first in PATH."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def run(*command, programs=(), **kwargs):
+    """Run a command with this interpreter's programs first in PATH, and those of further folders before them."""
+    places = os.pathsep.join(map(str, [*programs, Path(sys.executable).parent, os.environ["PATH"]]))
+    environment = {**os.environ, "PATH": places}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **kwargs)
 
 
@@ -100,9 +101,12 @@ def test_a_cell_imports_or_computes(nb):
 
 
 @pytest.mark.slow
-def test_documentation_tools_run_through(copy):
+def test_documentation_tools_run_through(copy, tmp_path_factory):
     shutil.copy(ROOT / "README.md", copy)
-    done = run("nbdev_proc_nbs", "--n_workers", "0", cwd=copy)
+    quarto = tmp_path_factory.mktemp("programs") / "quarto"  # where there is none, nbdev would install it, and the copy
+    quarto.write_text("#!/bin/sh\n")
+    quarto.chmod(0o755)
+    done = run("nbdev_proc_nbs", "--n_workers", "0", cwd=copy, programs=[quarto.parent])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "imports and other code" not in done.stderr, done.stderr[-3000:]
     assert {f.stem for f in (copy / "_proc").glob("*.ipynb")} == {nb.stem for nb in NOTEBOOKS}
