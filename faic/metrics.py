@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .color import rgb_to_lab, to_uint8
-from .core import write_bytes
+from .core import make_generator, write_bytes
 
 # %% ../nbs/08_metrics.ipynb #c3baa3c4
 def _eight_bit(rgb): # -> (B,3,H,W) float64, exact multiples of 1/255
@@ -375,12 +375,18 @@ def _checked_probabilities(p): # -> (n,classes) float64
 def _entropy(p): # over the last dimension
     return torch.special.entr(p).sum(-1)
 
+def _shuffled(p): # (n,classes) -> the same rows in an order that depends on all rows, not on where each was
+    weights = torch.rand(p.shape[1], dtype=p.dtype, generator=make_generator('inception score')).to(p.device)
+    order = (p*weights).sum(1).argsort()
+    shuffle = torch.randperm(len(p), generator=make_generator('inception score', len(p)))
+    return p[order[shuffle.to(p.device)]]
+
 def inception_score(
-    probabilities:Tensor, # (n,classes)
-    splits:int=10, # consecutive splits; 1 is ignite's number, without a spread
+    probabilities:Tensor, # (n,classes), in any order
+    splits:int=10, # of the shuffled images; 1 is ignite's number, without a spread
 )->tuple: # mean and standard deviation over the splits; the deviation of one split is nan
-    "Inception Score; raises ValueError with fewer images than splits."
-    p, n = _checked_probabilities(probabilities), len(probabilities)
+    "Inception Score, the same for every order of the images; raises ValueError with fewer images than splits."
+    p, n = _shuffled(_checked_probabilities(probabilities)), len(probabilities)
     if n < splits:
         raise ValueError(f'{splits} splits need at least as many images; found {n}: use splits=1')
     chunks = [p[i*n//splits:(i + 1)*n//splits] for i in range(splits)]

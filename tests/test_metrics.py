@@ -339,12 +339,31 @@ def test_inception_score_equals_ignite_and_the_formula(dtype):
     theirs = ignite.metrics.InceptionScore(num_features=50)
     theirs.update(p)
     assert M.inception_score(p, 1)[0] == pytest.approx(theirs.compute(), rel=CLOSE)
-    scores = []
+    scores, shuffled = [], M._shuffled(p.double()).numpy()
+    assert sorted(shuffled.tolist()) == sorted(p.double().tolist())
     for i in range(10):  # Salimans et al.'s own code
-        q = p.double().numpy()[i * 203 // 10 : (i + 1) * 203 // 10]
+        q = shuffled[i * 203 // 10 : (i + 1) * 203 // 10]
         scores.append(np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()))
     assert M.inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)), rel=CLOSE)
     assert np.isnan(M.inception_score(p, 1)[1])
+
+
+def test_inception_score_does_not_depend_on_the_order():
+    classes = torch.eye(10).repeat_interleave(50, 0) * 0.9 + 0.01
+    ordered = classes / classes.sum(1, keepdim=True)
+    noisy = (6 * ordered + torch.randn(500, 10, generator=make_generator("noise"))).softmax(1)
+    for p in (ordered, noisy, noisy.double()):
+        score = M.inception_score(p)
+        for seed in range(5):
+            shuffle = torch.randperm(500, generator=make_generator("order", seed))
+            assert M.inception_score(p[shuffle]) == score
+        assert score[0] > 5  # consecutive splits of one class each gave less than 2
+
+
+def test_noise_of_a_network_hardly_changes_the_inception_score():
+    p = (3 * torch.randn(500, 20, generator=make_generator("p"), dtype=torch.float64)).softmax(1)
+    close = (p * (1 + 1e-6 * torch.randn(500, 20, generator=make_generator("noise")))).clamp(min=0)
+    assert M.inception_score(close / close.sum(1, keepdim=True))[0] == pytest.approx(M.inception_score(p)[0], rel=1e-3)
 
 
 def test_inception_score_bad_input():
