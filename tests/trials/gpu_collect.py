@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -14,22 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from faic.components import PHASE_DAYS
-from faic.core import Budget, repo_root, runs_dir, short_hash, write_bytes
+from faic.core import Budget, runs_dir, short_hash, write_bytes
 from faic.presets import ARCHITECTURES
 from faic.results import results_folder
+from faic.runs import code_commit
 from faic.selection import select_runs
 
 STAGES = ("check", "speed", "train")
-
-
-def git(*words):
-    return subprocess.run(["git", "-C", str(repo_root()), *words], capture_output=True, text=True).stdout.strip()
-
-
-def commit():
-    """The commit of this checkout, with a mark for local changes."""
-    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + changes
 
 
 def safe_members(tar):
@@ -57,7 +47,7 @@ def take_runs(file, target):
             kept.append(run)
             continue
         if options["made"]["commit"].startswith("unknown"):  # no git on that machine
-            options["made"]["commit"] = commit()
+            options["made"]["commit"] = code_commit()
         for name, content in mine.items():
             write_bytes(target / name, content)
         write_json(target / run / "options.json", options)
@@ -100,7 +90,7 @@ def take_times(report, target):
             continue
         options = run["options"]
         name = f"inference-{options['model']}-{options['preset']}-s{options['seed']}-{short_hash(options)}"
-        made = run["made"] | (dict(commit=commit()) if run["made"]["commit"].startswith("unknown") else {})
+        made = run["made"] | (dict(commit=code_commit()) if run["made"]["commit"].startswith("unknown") else {})
         write_json(target / name / "options.json", options | dict(made=made))
         write_bytes(target / name / "metrics.csv", pd.DataFrame(run["metrics"]).to_csv(index=False).encode())
         taken.append(name)
