@@ -52,14 +52,16 @@ def main():
 @main.command()
 @click.option('--preset', default='smoke', show_default=True, type=click.Choice(list(PRESETS)))
 @_study_options
-def study(preset, data, models, seed, seeds, budget):
+@click.option('--side-by-side', default=0, type=click.IntRange(0),
+              help='Notebooks that run at the same time; default: one a free core where budgets count steps, else one.')
+def study(preset, data, models, seed, seeds, budget, side_by_side):
     """Run the whole study and write its tables and figures.
 
     Example: faic study --preset laptop --data ~/photographs
     """
     from faic.study import exit_on_signal, run_study
     began = time.monotonic()
-    folder = exit_on_signal(lambda: run_study(preset, data, models, seed, budget, seeds))
+    folder = exit_on_signal(lambda: run_study(preset, data, models, seed, budget, seeds, side_by_side))
     click.echo(f'\nThe study took {time.monotonic() - began:.0f} s. Tables and figures: {folder}')
     for file in sorted(folder.glob('*')):
         click.echo(f'  {file.name}')

@@ -1,0 +1,44 @@
+"""The whole study in one command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "faic", "study", "--models", "pix2pix,coltran", "--side-by-side", "2"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return os.environ | {"FAIC_RUNS": str(tmp_path / "runs"), "FAIC_FIGURES": str(tmp_path / "figures")}
+
+
+def test_a_study_that_fails_says_why_and_stops_its_other_notebook(folders, tmp_path):
+    missing = tmp_path / "nowhere"
+    done = subprocess.run([*COMMAND, "--data", str(missing)], env=folders, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"found nothing at {missing}" in done.stderr and done.stderr.count(" stopped:") == 1
+    executed = sorted(f.name for f in Path(folders["FAIC_RUNS"]).rglob("*.ipynb"))
+    assert set(executed) <= {"phase1-pix2pix.ipynb", "phase1-coltran.ipynb"}
+
+
+def test_a_study_that_is_stopped_stops_its_notebooks(folders, tmp_path):
+    runs = tmp_path / "runs"
+    with open(tmp_path / "log", "w") as log:
+        study = subprocess.Popen([*COMMAND, "--budget", "100000 steps"], env=folders, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 300
+        while len(list(runs.glob("*/log.jsonl"))) < 2 and study.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)  # until both notebooks train
+        assert study.poll() is None, (tmp_path / "log").read_text()
+        study.send_signal(signal.SIGTERM)
+        assert study.wait(120) == 143
+    finally:
+        study.kill()
+    assert "continues from the last checkpoint" in (tmp_path / "log").read_text()
+    trained = [run for run in runs.glob("*") if (run / "log.jsonl").exists()]
+    assert len(trained) == 2 and all((run / "last.pt").exists() for run in trained)
