@@ -20,7 +20,9 @@ setup(
     packages=find_packages(include=["faic", "faic.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster", "watch")},
+    extras_require={
+        extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster", "watch", "formats")
+    },
     entry_points={
         "console_scripts": ["faic=faic.cli:main"],
         "nbdev": [f"faic={settings['lib_path']}._modidx:d"],

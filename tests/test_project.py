@@ -131,8 +131,8 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     named = set()
-    for key in ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements"):
-        named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][key])}
+    for extra in ("", "dev_", "cluster_", "watch_", "formats_"):
+        named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][f"{extra}requirements"])}
     pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
 
