@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESULT_SOFTWARE', 'RESULTS_MARKER', 'USUAL_THREADS', 'NOWHERE', 'clone_root', 'repo_root', 'runs_dir', 'figures_dir',
-           'atomic_write', 'write_bytes', 'write_json', 'read_json', 'short_hash', 'make_generator', 'BatchGenerator',
-           'sample_per_image', 'randint_sampler', 'is_main_process', 'file_lock', 'pick_device', 'device_name',
-           'has_bfloat16', 'set_deterministic', 'usable_cores', 'busy_cores', 'free_cores', 'set_threads',
-           'leave_busy_cores', 'Budget', 'kernel_shell', 'CellBars', 'ProgressBar']
+           'printable', 'atomic_write', 'write_bytes', 'write_json', 'read_json', 'short_hash', 'make_generator',
+           'BatchGenerator', 'sample_per_image', 'randint_sampler', 'is_main_process', 'file_lock', 'pick_device',
+           'device_name', 'has_bfloat16', 'set_deterministic', 'usable_cores', 'busy_cores', 'free_cores',
+           'set_threads', 'leave_busy_cores', 'Budget', 'kernel_shell', 'CellBars', 'ProgressBar']
 
 # %% ../nbs/00_core.ipynb #80527373
 import hashlib, json, os, platform, sys, time
@@ -63,6 +63,13 @@ def _announce(name, path, variable):
 # %% ../nbs/00_core.ipynb #f1ad3c02
 RESULT_SOFTWARE = 'FAIC' # how the metadata field Software of a picture made by FAIC begins
 RESULTS_MARKER = '.faic-results' # a file in every folder that FAIC writes pictures to
+
+# %% ../nbs/00_core.ipynb #985b956c
+def printable(
+    text, # of any length; what `str` makes of it is shown
+)->str: # one line that every terminal, figure and notebook can show
+    "Replace each character that cannot be shown, line breaks included, by U+FFFD."
+    return ''.join(c if c.isprintable() else '\ufffd' for c in str(text))
 
 # %% ../nbs/00_core.ipynb #0029f307
 @contextmanager

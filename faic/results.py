@@ -28,7 +28,7 @@ from .presets import (ARCHITECTURES, DAYS, components_of, day_budget, default_sa
                           model_options)
 from .score_tables import phase2_table, training_table, variants_table
 from .selection import RunSelection, select_runs
-from .tables import save_table
+from .tables import markdown_text, save_table
 from .time_tables import sizes_table, steps_table, times_table
 from .verdict import hypothesis_sentences
 
@@ -140,19 +140,19 @@ def save_drawing(
 def runs_text(selection:RunSelection)->str: # Markdown
     "List the runs of a page, and those that were left out, with the reason."
     runs = [f'`{run.path.name}`' for run in selection.all_runs()]
-    skipped = [sentence for *_, sentence in selection.skipped]
+    skipped = [markdown_text(sentence) for *_, sentence in selection.skipped]
     runs = runs or ['No run fits: everything below says "not run".']
-    return _bullets('', [*caution(selection), *runs, *skipped], selection)
+    return _bullets('', [*map(markdown_text, caution(selection)), *runs, *skipped], selection)
 
 def verdict_text(selection:RunSelection)->str: # Markdown
     "Judge the hypothesis, measure by measure."
     collapses = [sentence for *_, sentence in collapse_notes(selection)]
     sentences = [*hypothesis_sentences(selection), *collapses, *caution(selection)]
-    return _bullets('### The hypothesis, part by part\n\n', sentences, selection)
+    return _bullets('### The hypothesis, part by part\n\n', map(markdown_text, sentences), selection)
 
-def _bullets(head, sentences, selection):
+def _bullets(head, sentences, selection): # sentences in Markdown
     lines = '\n'.join(f'- {sentence}' for sentence in sentences)
-    return f'{head}{lines}\n\n<sub>{provenance_line(selection)}</sub>\n'
+    return f'{head}{lines}\n\n<sub>{markdown_text(provenance_line(selection))}</sub>\n'
 
 # %% ../nbs/57_results.ipynb #57a10012
 @dataclass(frozen=True)
