@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .core import figures_dir, require_writable
 from .jobs import Job, describe_plan, study_jobs
 from .parameters import budget_or_default, comma_list
 from .presets import ARCHITECTURES, PRESETS
@@ -358,6 +359,7 @@ def run_cluster(options:ClusterOptions): # SystemExit where a job is not done or
     except ImportError:
         raise SystemExit("submitit is not installed; run pip install -e '.[cluster]'") from None
     jobs, o = options.jobs(), options
+    require_writable(figures_dir(), 'FAIC_FIGURES')
     logs = study_folder(o.preset, o.data, o.seed)/'jobs'/time.strftime('%Y%m%d-%H%M%S')
     if o.on == 'slurm':
         numbers = submit_slurm(jobs, logs, o.sbatch)

@@ -11,7 +11,7 @@ import ast
 from types import SimpleNamespace
 
 from .architecture import choice, integer, string
-from .core import Budget
+from .core import Budget, require_same_clone
 from .first_stages import external_first_stage
 from .presets import (ARCHITECTURES, PRESETS, components_of, default_latent, default_sampling, default_variants,
                           preset_side)
@@ -156,6 +156,7 @@ def notebook_parameters(
     *names:str, # the parameters that it has
 )->SimpleNamespace: # checked values; variants is a list
     "Check a notebook's parameters; raise ParameterError with every mistake."
+    require_same_clone()
     model, preset = namespace.get('model'), namespace.get('preset')
     everybodys = {n for a in ARCHITECTURES.values() for n in own_parameters(a)}
     checks = {n: PARAMETERS.get(n, _unchecked) for n in names if n in PARAMETERS or n in everybodys}

@@ -1,6 +1,8 @@
 """What all tests share: folders for runs and figures, which tests run, and in which order."""
 
 import os
+import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -52,3 +54,28 @@ def photographs(tmp_path_factory):
     for i, pixels in enumerate(load_photos().array[::3]):
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a disk of some bytes and returns its folder."""
+    mounted = []
+
+    def mount(size, options="rw"):
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        done = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(path)], capture_output=True
+            )
+            if shutil.which("mount")
+            else None
+        )
+        if done is None or done.returncode:
+            pytest.skip("no small disk can be mounted here: that needs the rights of an administrator")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)

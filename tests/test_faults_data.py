@@ -67,31 +67,6 @@ def run_with(photos):
     )
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a disk of some bytes and returns its folder."""
-    mounted = []
-
-    def mount(size, options="rw"):
-        path = tmp_path / f"disk{len(mounted)}"
-        path.mkdir()
-        done = (
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(path)], capture_output=True
-            )
-            if shutil.which("mount")
-            else None
-        )
-        if done is None or done.returncode:
-            pytest.skip("no small disk can be mounted here: that needs the rights of an administrator")
-        mounted.append(path)
-        return path
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 # the folder changed
 
 
