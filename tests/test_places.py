@@ -253,7 +253,7 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / "venv"], check=True)
     python = place / "venv" / "bin" / "python"
     (wheel,) = place.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", "-I", wheel], check=True)
     shutil.rmtree(place / "source")
     (packages,) = (place / "venv").glob("lib/python*/site-packages")
     (packages / "more.pth").write_text(sysconfig.get_path("purelib"))
