@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from .color import png_profile, profile_conversion, srgb_profile
 from .core import RESULT_SOFTWARE
@@ -36,9 +36,7 @@ def _add_formats():
 _HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs', b'mif1', b'msf1')
 _JPEG_XL = (b'\xff\x0a', b'\0\0\0\x0cJXL \r\n\x87\n')
 
-def _missing_decoder(
-    head:bytes, # first bytes of a file that Pillow does not recognize
-)->str: # reason, or ''
+def _missing_decoder(head): # reason, or ''; head: first bytes of a file that Pillow does not recognize
     brand = head[8:12] if head[4:8] == b'ftyp' else b''
     if brand in _HEIC and b'avif' not in head and 'HEIF' not in Image.OPEN:
         return 'HEIC needs a decoder: pip install pillow-heif'
@@ -52,9 +50,7 @@ def _missing_decoder(
 SIZE_FIELDS = {b'\x89PNG': (16, 20, 24), b'BM': (18, 22, 26), b'GIF8': (6, 8, 10)} # start of width, height, and end
 _PHOTOGRAPHS = ('PNG', 'JPEG', 'TIFF', 'GIF', 'WEBP', 'JPEG2000', 'AVIF', 'HEIF', 'JXL') # with certain signatures
 
-def _why_unidentified(
-    file, # open, binary
-)->str:
+def _why_unidentified(file): # file: open, binary
     "Say why Pillow does not open a file."
     file.seek(0)
     head = file.read(32)
@@ -86,8 +82,13 @@ def _complaint(factory, file): # what a decoder says about a file that it does n
     return 'damaged header'
 
 # %% ../nbs/04_image_files.ipynb #1f040008
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 258, 262, 339, 340, 341 # tags of TIFF
+_BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 258, 262, 284, 339, 340, 341 # tags of TIFF
 _SAMPLE_FORMATS = {1: 'unsigned', 2: 'signed', 3: 'floating-point'}
+
+def _tiff_tag(image, tag, default): # its first number
+    value = image.tag_v2.get(tag, default) if image.format == 'TIFF' else default
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, (int, float)) else default
 
 def _describe_samples(file): # of a TIFF file that Pillow does not open
     file.seek(0)
@@ -99,19 +100,16 @@ def _describe_samples(file): # of a TIFF file that Pillow does not open
     return (f'no decoder for {len(bits)} x {bits[0]} bit, {_SAMPLE_FORMATS.get(kind, "undefined")}, '
             f'photometric interpretation {directory.get(_PHOTOMETRIC)}')
 
-def _rejection_reason(
-    error:Exception, # raised by Pillow or by the system
-)->str:
+def _rejection_reason(error): # error: raised by Pillow or by the system
     "Say why a file is skipped."
     if isinstance(error, Image.DecompressionBombError):
         return 'too large'
     if 'truncated' in str(error).lower() or 'but only got' in str(error):
         return 'truncated'
-    if isinstance(error, OSError) and error.strerror:
-        return f'unreadable: {error.strerror.lower()}'
-    if isinstance(error, OSError):
-        return 'damaged: ' + str(error).removesuffix(' when reading image file')
-    return 'damaged: the data contradict the header'
+    if not isinstance(error, OSError):
+        return 'damaged: the data contradict the header'
+    reason = str(error).removesuffix(' when reading image file')
+    return f'unreadable: {error.strerror.lower()}' if error.strerror else f'damaged: {reason}'
 
 # %% ../nbs/04_image_files.ipynb #1f04000a
 _PNG_PIXELS = (b'IHDR', b'PLTE', b'IDAT', b'IEND')
@@ -147,7 +145,7 @@ def _inflate_profile(chunk): # name, 0, 0, compressed profile
         return zlib.decompressobj().decompress(chunk[chunk.find(b'\0') + 2:], _MAX_PROFILE)
 
 # %% ../nbs/04_image_files.ipynb #1f04000f
-_ORIENTATION = 0x0112 # tag of EXIF
+_ORIENTATION = ExifTags.Base.Orientation
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
@@ -247,19 +245,23 @@ def _load(file):
     _scale_transparent_color(image)
     if image.format == 'TIFF':
         image.info['turned'] = _orientation(image) # by Pillow, in load()
+        _read_deep_planes(image)
     image.load()
     return image
+
+def _read_deep_planes(image): # a TIFF file, opened
+    "Correct what Pillow reads as 8 bits: colors of 16 bits that are stored plane by plane, without compression."
+    if _tiff_tag(image, _PLANES, 1) == 2 and _tiff_tag(image, _BITS, 8) == 16 and image.tile[0].codec_name == 'raw':
+        if image.mode not in ('RGB', 'RGBA'):
+            raise UnsupportedImage(f'no decoder for planes of 16-bit {image.mode}')
+        order = 'L' if image.tag_v2.prefix == b'II' else 'B'
+        image.tile = [tile._replace(args=(f'{tile.args[0]};16{order}', *tile.args[1:])) for tile in image.tile]
 
 # %% ../nbs/04_image_files.ipynb #1f040013
 for _order, _rawmode in ((b'II', 'I;16'), (b'MM', 'I;16B')):
     for _zero_is_black in (0, 1): # photometric interpretation; then sample format, fill order, bits, extra samples
         TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero_is_black, (1,), 1, (16,), ()), (_rawmode, _rawmode))
         TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero_is_black, (1,), 1, (12,), ()), ('I;16', 'I;12'))
-
-def _tiff_tag(image, tag, default): # its first number
-    value = image.tag_v2.get(tag, default) if image.format == 'TIFF' else default
-    value = value[0] if isinstance(value, tuple) and value else value
-    return value if isinstance(value, (int, float)) else default
 
 def _is_deep(image): # are its samples numbers that need a range?
     return image.mode.startswith('I') or image.mode == 'F' or _tiff_tag(image, _SAMPLE_FORMAT, 1) == 2
@@ -418,13 +420,13 @@ def _copy_tag(source, target, tag, ifd=None):
         target[tag] = source[tag]
 
 # %% ../nbs/04_image_files.ipynb #1f04001d
-_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 282, 283, 296
+_RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
 
 def _resolution(image): # (horizontal, vertical) of the upright image in pixels per inch, or None
     exif = _exif(image)
-    per_inch = {2: 1, 3: 2.54}.get(exif.get(_RESOLUTION_UNIT), math.nan)
+    per_inch = {2: 1, 3: 2.54}.get(exif.get(ExifTags.Base.ResolutionUnit), math.nan)
     with suppress(Exception): # whatever stands in the file
-        stated = image.info.get('dpi') or [float(exif[tag])*per_inch for tag in (_X_RESOLUTION, _Y_RESOLUTION)]
+        stated = image.info.get('dpi') or [float(exif[tag])*per_inch for tag in _RESOLUTION]
         x, y = (round(float(value), 3) for value in stated)
         if 1 <= min(x, y) and max(x, y) <= 100_000:
             return (y, x) if max(_orientation(image), image.info.get('turned', 1)) >= 5 else (x, y)

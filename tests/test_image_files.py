@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms, TiffImagePlugin
 from skimage.color import rgb2lab
 from skimage.data import astronaut
@@ -388,6 +389,22 @@ def test_deep_colors(tmp_path, picture):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
     for name in ("x.tif", "big.tif", "x.ppm", "x.png"):
         assert (np.asarray(read_image(tmp_path / name).rgb) == np.asarray(picture)).all(), name
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("channels", (3, 4))
+def test_deep_planes(tmp_path, order, channels):
+    deep = np.random.default_rng(0).integers(0, 2**16, (channels, 16, 16)).astype(np.uint16)
+    more = dict(extrasamples=["unassalpha"]) if channels == 4 else {}
+    for tile in (None, (16, 16)):
+        options = dict(photometric="rgb", planarconfig="separate", byteorder=order, tile=tile, **more)
+        tifffile.imwrite(tmp_path / "x.tif", deep, **options)
+        pixels = np.asarray(read_image(tmp_path / "x.tif").rgb).transpose(2, 0, 1)
+        visible = deep[3:].all(0) | True if channels == 3 else deep[3] >= 256
+        assert (abs(pixels - deep[:3] / 257.0) * visible).max() <= 1
+    tifffile.imwrite(tmp_path / "x.tif", deep[[0, 1, 2, 0]], photometric="separated", planarconfig="separate")
+    with pytest.raises(UnsupportedImage, match="no decoder for planes of 16-bit CMYK"):
+        read_image(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("highest", (1, 15, 100, 255, 1023, 4095, 65535))
