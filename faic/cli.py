@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from .parameters import ParameterError, budget_or_default, comma_list
+from .photos import GRAY_PHOTOGRAPHS
 from .presets import ARCHITECTURES, PRESETS
 
 # %% ../nbs/63_cli.ipynb #320a39b1
@@ -43,6 +44,8 @@ _study_options = _with(
                  help='How many seeds: seed, seed + 1, ... Tables then show mean and spread.'),
     click.option('--budget', default='', callback=_checked(budget_or_default),
                  help="Of a variant and of a day, e.g. '200 steps', '0.5 hours'; default: the preset's."),
+    click.option('--gray-photographs', default='leave out', show_default=True, type=click.Choice(GRAY_PHOTOGRAPHS),
+                 help="Photographs that are gray themselves, of those that are scored; 'keep' as in the paper."),
 )
 
 class Commands(click.Group):
@@ -65,14 +68,15 @@ def main():
 @_study_options
 @click.option('--side-by-side', default=0, type=click.IntRange(0),
               help='Notebooks that run at the same time; default: one a free core where budgets count steps, else one.')
-def study(preset, data, models, seed, seeds, budget, side_by_side):
+def study(preset, data, models, seed, seeds, budget, gray_photographs, side_by_side):
     """Run the whole study and write its tables and figures.
 
     Example: faic study --preset laptop --data ~/photographs
     """
     from faic.study import exit_on_signal, run_study
     began = time.monotonic()
-    folder = exit_on_signal(lambda: run_study(preset, data, models, seed, budget, seeds, side_by_side))
+    folder = exit_on_signal(lambda: run_study(preset, data, models, seed, budget, seeds, side_by_side,
+                                              gray_photographs))
     click.echo(f'\nThe study took {time.monotonic() - began:.0f} s. Tables and figures: {folder}')
     for file in sorted(folder.glob('*')):
         click.echo(f'  {file.name}')
@@ -123,7 +127,7 @@ def run(notebook, parameters, function):
 @main.command()
 @click.option('--preset', type=click.Choice(list(PRESETS)), help='Show what remains of a study with this preset.')
 @_study_options
-def status(preset, data, models, seed, seeds, budget):
+def status(preset, data, models, seed, seeds, budget, gray_photographs):
     """Show every run: its state, its share of the budget, its scores and errors.
 
     With --preset, show what remains of a study and how long it takes.
@@ -136,7 +140,8 @@ def status(preset, data, models, seed, seeds, budget):
     if preset is None:
         click.echo(describe_status(all_runs()))
     else:
-        click.echo(describe_study_status(study_status(preset, data, models, seeds, seed, budget)))
+        found = study_status(preset, data, models, seeds, seed, budget, gray_photographs)
+        click.echo(describe_study_status(found))
 
 # %% ../nbs/63_cli.ipynb #1b8289f2
 @main.command()

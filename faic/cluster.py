@@ -18,6 +18,7 @@ import torch
 from .core import figures_dir, require_writable
 from .jobs import Job, describe_plan, study_jobs
 from .parameters import budget_or_default, comma_list
+from .photos import GRAY_PHOTOGRAPHS
 from .presets import ARCHITECTURES, PRESETS
 from .study import executed_path, run_notebook, study_folder
 
@@ -285,6 +286,7 @@ class ClusterOptions:
     seed:int # the first one
     seeds:int # how many
     budget:str # of each variant and day; '': the preset's
+    gray_photographs:str # 'leave out' or 'keep'
     on:str # 'local' or 'slurm'
     gpus:str # comma list; '': all that torch sees
     at_once:int # places on the processors instead
@@ -293,7 +295,7 @@ class ClusterOptions:
     def jobs(self)->list: # of Job
         "List the jobs of the study."
         seeds = range(self.seed, self.seed + self.seeds)
-        return study_jobs(self.preset, self.data, self.models, seeds, self.budget)
+        return study_jobs(self.preset, self.data, self.models, seeds, self.budget, self.gray_photographs)
 
 # %% ../nbs/62_cluster.ipynb #76e9909c
 def cluster_options(*,
@@ -303,6 +305,7 @@ def cluster_options(*,
     seed:int=0, # the first one
     seeds:int=1, # how many: seed, seed + 1, ...
     budget:str='', # of each variant and day; '': the preset's
+    gray_photographs:str='leave out', # that are gray themselves, of the scored ones; or 'keep'
     on:str='local', # or 'slurm'
     gpus:str='', # local: comma list of GPUs, one job at a time on each; '': all that torch sees
     at_once:int=0, # local: places on the processors instead of GPUs
@@ -314,6 +317,7 @@ def cluster_options(*,
     "Check the options of a study that runs as jobs."
     _check_choice('preset', preset, PRESETS)
     _check_choice('on', on, ('local', 'slurm'))
+    _check_choice('gray_photographs', gray_photographs, GRAY_PHOTOGRAPHS)
     models = comma_list(*ARCHITECTURES)(models)
     if seeds < 1:
         raise ValueError(f'seeds is {seeds}; expected 1 or more')
@@ -324,7 +328,7 @@ def cluster_options(*,
     named = {k: v for k, v in dict(partition=partition, account=account, qos=qos).items() if v}
     sbatch['extra'] = named | _key_values(slurm_extra)
     return ClusterOptions(preset, _checked_data(data, preset, for_run), models, seed, seeds, budget_or_default(budget),
-                          on, gpus, at_once, sbatch)
+                          gray_photographs, on, gpus, at_once, sbatch)
 
 def _check_choice(name, value, known):
     if value not in known:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAINING_SPLIT', 'SCORED_SPLIT', 'PHASE_DAYS', 'PREPARE_BATCH', 'study_photos', 'data_identity', 'data_options',
-           'data_notes', 'baseline_run', 'check_same_data', 'make_trainer', 'prepare_latents', 'cached_latents',
-           'component_options', 'component_hashes', 'hash_sampling', 'train_component', 'component_weights',
-           'load_component', 'upsampler_bits', 'score_reconstructions', 'evaluate_component', 'prepare_components',
-           'external_components', 'find_components']
+           'treats_gray', 'data_notes', 'baseline_run', 'check_same_data', 'make_trainer', 'prepare_latents',
+           'cached_latents', 'component_options', 'component_hashes', 'hash_sampling', 'train_component',
+           'component_weights', 'load_component', 'upsampler_bits', 'score_reconstructions', 'evaluate_component',
+           'prepare_components', 'external_components', 'find_components']
 
 # %% ../nbs/44_components.ipynb #e63fa77f
 import time
@@ -24,7 +24,7 @@ from .core import Budget, ProgressBar, is_main_process, make_generator, read_jso
 from .dataset import cached_array, load_photos, resized_for_crops
 from .evaluate import REFERENCE_SPLIT, evaluate, reconstruction, sample_rows
 from .first_stages import codebook_usage, external_first_stage, external_name
-from .photos import Photos, list_hashes
+from .photos import Photos, count_gray, list_hashes
 from .presets import (DAYS, PRESETS, all_components, component_budget, components_of, find_architecture,
                       make_trainee, model_options, preset_side)
 from .resume import load_weights, work_done
@@ -36,10 +36,11 @@ def study_photos(
     data:str, # 'embedded' or a folder, see load_photos
     preset:str,
     paper_split:bool=None, # None: for the preset paper
+    gray_photographs:str='leave out', # of the scored splits; 'keep' as in the paper
 )->Photos:
     "The photographs of a preset: split as it says, and scored as many as it says."
     as_in_paper = preset == 'paper' if paper_split is None else paper_split
-    photos = load_photos(data, preset_side(preset), as_in_paper)
+    photos = load_photos(data, preset_side(preset), as_in_paper, gray_photographs)
     most = PRESETS[preset].scored or len(photos.array)
     scored = {}
     for split in REFERENCE_SPLIT:
@@ -54,16 +55,26 @@ PHASE_DAYS = {'phase1': 1, 'phase2': DAYS}
 
 def data_identity(photos:Photos)->dict:
     "Which photographs a run is made with."
-    return dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side)
+    gray = dict(gray_photographs=photos.gray_photographs) if photos.gray_photographs else {}
+    return dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side) | gray
 
 def data_options(photos:Photos, phase:str)->dict:
     "The photographs of a run, as its options name them."
     train, validation, test = (len(photos.splits[s]) for s in (TRAINING_SPLIT[phase], 'validation', 'test'))
     return data_identity(photos) | dict(train=train, validation=validation, test=test)
 
+def treats_gray(
+    run:Run,
+    gray_photographs:str, # 'leave out' or 'keep'; '': either
+)->bool:
+    "Was a run told to treat gray photographs like this? Most data have none, and then it does not matter."
+    told = run.options.get('data', {}).get('gray_photographs', '')
+    return '' in (told, gray_photographs) or told == gray_photographs
+
 def data_notes(photos:Photos)->dict:
     "What results with these photographs must mention; recorded with a run, not hashed."
-    return dict(caution=photos.caution, credits=photos.credits, lists=list_hashes(photos))
+    return dict(caution=photos.caution, credits=photos.credits, lists=list_hashes(photos),
+                gray=dict(all=int(photos.gray.sum()), scored=count_gray(photos)))
 
 # %% ../nbs/44_components.ipynb #005fec84
 def baseline_run(

@@ -61,11 +61,12 @@ def open_failures(
     data:str, # 'embedded', or the folder of photographs that the runs were made with
     seed:int, # of the runs
     device:str='auto', # auto, cpu, cuda, cuda:1
+    gray_photographs:str='leave out', # or 'keep', as the runs were told
 )->FailureStudy:
     "Find the trained models; ValueError where there is none."
     device = pick_device(device)
     set_deterministic(device)
-    photos = study_photos(data, preset)
+    photos = study_photos(data, preset, gray_photographs=gray_photographs)
     runs = trained_runs(preset, seed, photos)
     if not runs:
         raise ValueError(f'{photos.name} has no trained run of phase 2 with preset {preset} and seed {seed}. '

@@ -21,7 +21,7 @@ import torch
 from .batches import ordered_batches, training_batches
 from .benchmark import matrix_rate, stage_gflop, time_call, time_stages
 from .color import to_uint8
-from .components import data_notes, find_components, study_photos
+from .components import data_identity, data_notes, find_components, study_photos
 from .core import Budget, ProgressBar, device_name, make_generator, pick_device, short_hash
 from .days import eval_batch_size
 from .evaluate import evaluate, gray_baseline, sample_rows
@@ -116,9 +116,8 @@ def keep_times(
 )->Run:
     "Write times into the run folder of this benchmark; a new measurement replaces the old one."
     p = parameters
-    data = dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side)
     options = dict(phase='inference', model=timed.model, preset=p.preset, seed=p.seed, sampling=timed.sampling,
-                   device=str(device), data=data)
+                   device=str(device), data=data_identity(photos))
     if find_architecture(timed.model).latents:
         options['latent'] = p.latent or default_latent(timed.model, p.preset)
     run = open_run(options, device)
@@ -282,6 +281,7 @@ class InferenceTimes:
 def run_inference_time(
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', or a folder of photographs
+    gray_photographs:str='leave out', # or 'keep', as the runs were told
     seed:int=0, # of the runs whose weights are used
     images:int=16, # timed at each batch size, at least
     device:str='auto', # auto, cpu, cuda, cuda:1
@@ -295,7 +295,7 @@ def run_inference_time(
     where = pick_device(p.device)
     rates = {name: matrix_rate(where, getattr(torch, name)) for name in ('float32', 'bfloat16')}
     useful = {n: rate for n, rate in rates.items() if n == 'float32' or rate > 1.5*rates['float32']}
-    photos = study_photos(p.data, p.preset, p.preset == 'paper' and p.data != 'embedded')
+    photos = study_photos(p.data, p.preset, p.preset == 'paper' and p.data != 'embedded', p.gray_photographs)
     batch_sizes = (1, 8) if where.type == 'cpu' else (1, 8, 256)
     tables, messages, steps = [], [], {}
     for model in ProgressBar(ARCHITECTURES, desc='inference times', unit='task'):

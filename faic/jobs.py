@@ -16,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .components import treats_gray
 from .core import Budget, device_name, pick_device
-from .dataset import list_files, load_photos
-from .photos import _split
+from .dataset import load_photos
+from .photos import different_splits, scan_folder
 from .presets import (DAYS, PRESETS, component_budget, components_of, day_budget, default_latent, default_variant,
                           default_variants, find_architecture, make_trainee, model_options, preset_side)
 from .results import data_name
@@ -45,9 +46,10 @@ def study_jobs(
     models=None, # names of architectures; None: all
     seeds=(0,), # each gets jobs of its own
     budget:str='', # of each variant and day; '': the preset's
+    gray_photographs:str='leave out', # that are gray themselves, of the scored ones; or 'keep'
 )->list: # of Job, each after those that it waits for
     "List the jobs of a study."
-    several, common = len(seeds) > 1, dict(preset=preset, data=data)
+    several, common = len(seeds) > 1, dict(preset=preset, data=data, gray_photographs=gray_photographs)
     phase1, phase2 = [], []
     for seed in seeds:
         suffix = f'-s{seed}' if several else ''
@@ -156,13 +158,13 @@ def photograph_counts(
     data:str, # 'embedded' or a folder
 )->dict: # split -> photographs that are trained on or scored; 'all': those that are prepared
     "Count the photographs without preparing them; in a folder every image file counts as one."
-    files = len(list_files(Path(data))) if data != 'embedded' and Path(data).is_dir() else 0
+    files = len(scan_folder(Path(data))) if data != 'embedded' and Path(data).is_dir() else 0
     if preset == 'paper':
-        splits = _split(files, True) # as published, whether the folder is here or not
+        splits = different_splits(files, True) # as published, whether the folder is here or not
     elif data == 'embedded':
         splits = load_photos(data, preset_side(preset)).splits
     elif files:
-        splits = _split(files, False)
+        splits = different_splits(files, False)
     else:
         raise ValueError(f"data is {data!r}; expected 'embedded' or an existing folder with images")
     sizes = {name: len(rows) for name, rows in splits.items()}
@@ -329,10 +331,11 @@ def study_status(
     seeds:int=1, # how many: seed, seed + 1, ...
     seed:int=0,
     budget:str='', # of each variant and day; '': the preset's
+    gray_photographs:str='leave out', # see study_jobs
 )->pd.DataFrame: # one row per training, with the fields of TrainingStatus
     "List every training of a study with its state and the time that it still takes."
     counts, runs, rows = photograph_counts(preset, data), readable_runs(), {}
-    for job in study_jobs(preset, data, models, range(seed, seed + seeds), budget):
+    for job in study_jobs(preset, data, models, range(seed, seed + seeds), budget, gray_photographs):
         for t in trainings(job):
             row = _training_status(job, t, runs, counts)
             rows.setdefault((row.training, row.seed), row) # two jobs may need the same component
@@ -367,7 +370,7 @@ def _find_run(job, t, seed, runs)->Run: # the newest of a training; None where i
     for run in runs:
         o = run.options
         same_space = not is_model or _run_stage(o) == _wanted_stage(p)
-        same_data = o.get('data', {}).get('name') == data_name(p['data'])
+        same_data = o.get('data', {}).get('name') == data_name(p['data']) and treats_gray(run, p['gray_photographs'])
         if same_space and same_data and o.get('train') in accepted and all(o.get(k) == v for k, v in wanted.items()):
             matching.append(run)
     return max(matching, key=lambda run: run.options['made']['time'], default=None)

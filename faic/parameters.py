@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from .architecture import choice, integer, string
 from .core import Budget, require_same_clone
 from .first_stages import external_first_stage
+from .photos import GRAY_PHOTOGRAPHS
 from .presets import (ARCHITECTURES, PRESETS, components_of, default_latent, default_sampling, default_variants,
                           preset_side)
 
@@ -104,7 +105,8 @@ PARAMETERS = dict(
     model=known_model, preset=choice(*PRESETS), data=string, seed=integer(0), seeds=integer(1), only_seed=seed_or_all,
     variants=string, budget=budget_or_default, device=string, micro_batches=integer(1, 1024), workers=integer(1, 64),
     processes=integer(1, 64), tensorboard=boolean, latent=string, first_stage=string, pretrained=string,
-    photo=string, run=string, out=string, frame=choice('whole', 'square'), images=integer(1),
+    gray_photographs=choice(*GRAY_PHOTOGRAPHS), photo=string, run=string, out=string, frame=choice('whole', 'square'),
+    images=integer(1),
 )
 
 # %% ../nbs/42_parameters.ipynb #df83a933

@@ -56,7 +56,7 @@ def open_workplace(
     "Join the processes that share the phase, read the photographs and load the feature network; says which."
     device = init_distributed(pick_device(parameters.device))
     set_deterministic(device)
-    photos = study_photos(parameters.data, parameters.preset)
+    photos = study_photos(parameters.data, parameters.preset, gray_photographs=parameters.gray_photographs)
     caution = [photos.caution] if photos.caution else []
     print(f'device: {device} ({device_name(device)})', describe(photos), *caution, sep='\n')
     return Workplace(device, photos, efficientnet_lite0(device))
@@ -100,6 +100,7 @@ def run_phase1(
     model:str='pix2pix', # name of an architecture
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
+    gray_photographs:str='leave out', # that are gray themselves, of the scored ones; 'keep' as in the paper
     seed:int=0, # of initial weights, data order and sampling
     seeds:int=1, # how many: seed, seed + 1, ...
     variants:str='all', # comma list, 'all' (the paper's four) or 'none' (baselines and components only)
@@ -178,6 +179,7 @@ def run_phase2(
     model:str='pix2pix', # name of an architecture
     preset:str='smoke', # smoke, laptop, gpu or paper
     data:str='embedded', # 'embedded', a folder of photographs, or one in runs/ that they were prepared in
+    gray_photographs:str='leave out', # that are gray themselves, of the scored ones; 'keep' as in the paper
     seed:int=0, # of initial weights, data order and sampling
     seeds:int=1, # how many: seed, seed + 1, ...
     only_seed:str='', # train just this one of them

@@ -171,11 +171,13 @@ def make_results(
     seed:int=0, # of the runs
     seeds:int=1, # how many: seed, seed + 1, ...; several give mean and spread
     budget:str='', # of a variant and a day, as the runs were given it; '': the preset's
+    gray_photographs:str='leave out', # or 'keep', as the runs were told
 )->Results:
     "Write the tables, figures and verdict of a page; ParameterError where an argument is wrong."
     given = locals()
     p = notebook_parameters(given, *given)
-    selection = select_runs(p.preset, data_name(p.data), p.seed, page_budgets(p.preset, p.budget), p.seeds)
+    selection = select_runs(p.preset, data_name(p.data), p.seed, page_budgets(p.preset, p.budget), p.seeds,
+                            p.gray_photographs)
     folder = results_folder(p.preset, p.data)
     tables = page_tables(selection)
     for name, table in tables.items():

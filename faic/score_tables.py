@@ -14,7 +14,7 @@ import pandas as pd
 
 from .intervals import aggregate_seeds, interval_note
 from .metrics import METRICS, column_name
-from .notes import (averaging_note, bias_note, caution, provenance_line, run_notes, seed_notes,
+from .notes import (averaging_note, bias_note, caution, gray_note, provenance_line, run_notes, seed_notes,
                         space_note)
 from .paper import PAPER_FID, PAPER_IMAGES, PAPER_TABLES, PAPER_WORK
 from .presets import ARCHITECTURES, all_components
@@ -33,8 +33,8 @@ def _score_table(title, entries, selection, phase, models, notes=()):
     if shown:
         where = 'In brackets, of the baselines' if selection.other_seeds else 'In brackets'
         sentences += [*seed_notes(selection, phase, models), interval_note(shown, where), averaging_note(selection),
-                      bias_note(frame), 'The real photographs are scored against other photographs: only their '
-                      'unpaired FID and IS mean anything.']
+                      gray_note(selection), bias_note(frame), 'The real photographs are scored against other '
+                      'photographs: only their unpaired FID and IS mean anything.']
     for model in models:
         sentences += run_notes(selection, phase, model)
     sentences += caution(selection)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .components import component_hashes
+from .components import component_hashes, treats_gray
 from .core import read_json, runs_dir
 from .first_stages import external_name
 from .photos import Photos
@@ -185,10 +185,12 @@ def select_runs(
     seed:int, # of the runs, the first of several; baselines have none
     budgets:dict={}, # phase, or (phase, model) -> budget that its runs must have; any for a phase without an entry
     seeds:int=1, # how many: seed, seed + 1, ...
+    gray_photographs:str='', # 'leave out' or 'keep': runs that were told otherwise do not count; '': any
 )->RunSelection:
     "Choose the runs of one preset, data set and budget, with one seed or several."
     found = [run for run in read_runs(preset=preset)
-             if _data(run).get('name') == data and _is_seed_of_page(run, seed, seeds)]
+             if _data(run).get('name') == data and _is_seed_of_page(run, seed, seeds)
+             and treats_gray(run, gray_photographs)]
     found.sort(key=_made, reverse=True)
     fingerprint = _data(found[0])['fingerprint'] if found else None
     found.sort(key=lambda run: run.options['phase'] == 'component') # components last; the others stay newest first

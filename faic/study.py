@@ -307,11 +307,13 @@ def run_study(
     budget:str='', # of each variant and day; '' takes the preset's
     seeds:int=1, # how many: seed, seed + 1, ...
     side_by_side:int=0, # notebooks at a time; 0: see side_by_side_default
+    gray_photographs:str='leave out', # that are gray themselves, of the scored ones; 'keep' as in the paper
 )->Path: # folder with tables and figures
     "Run phase 1, phase 2, inference times and results for all models."
     require_writable(figures_dir(), 'FAIC_FIGURES') # what the last notebook writes
     steps, folder = plan(models, seeds, preset), study_folder(preset, data, seed)
-    common, trained = dict(preset=preset, data=data, seed=seed), dict(budget=budget, seeds=seeds)
+    common = dict(preset=preset, data=data, seed=seed, gray_photographs=gray_photographs)
+    trained = dict(budget=budget, seeds=seeds)
     steps = [(n, common | p | (trained if n != 'inference_time' else {}), weight) for n, p, weight in steps]
     chains, last = chains_of(steps)
     at_once = min(side_by_side or side_by_side_default(preset, budget, pick_device().type), len(chains))

@@ -356,7 +356,7 @@ def test_a_disk_that_fills_up_while_preparing(folder, small_disk, monkeypatch):
     wanted = load_photos(folder, SIDE)
     disk = small_disk("256k")
     monkeypatch.setenv("FAIC_RUNS", str(disk / "runs"))
-    monkeypatch.setattr(faic.dataset, "CHUNK", 8)
+    monkeypatch.setattr(faic.photos, "CHUNK", 8)
     filler, original = disk / "filler", faic.photos.read_photo
     late = wanted.manifest["file"].iloc[30]  # of 40; photographs are read a few chunks ahead of what is written
 
@@ -386,7 +386,7 @@ def test_a_disk_that_fills_up_while_enlarging(folder, small_disk, monkeypatch):
     whole = np.array(resized_for_crops(load_photos(folder, SIDE), 60))  # 389 kB
     disk = small_disk("720k")
     monkeypatch.setenv("FAIC_RUNS", str(disk / "runs"))
-    monkeypatch.setattr(faic.dataset, "CHUNK", 8)
+    monkeypatch.setattr(faic.photos, "CHUNK", 8)
     photos, filler = load_photos(folder, SIDE), disk / "filler"
     filler.write_bytes(bytes(300_000))
     with pytest.raises(OSError, match=r"enlarging photos to 60 needs up to 0.4 MB, and .* has 0.\d MB free"):
