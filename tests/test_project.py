@@ -12,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -123,7 +124,7 @@ def test_package_needs_neither_nbdev_nor_papermill():
 
 
 def package(specifier):
-    """The name in a requirement such as 'torch>=2.4,<3'."""
+    """The name in a requirement such as 'torch>=2.6.0,<3'."""
     return re.split(r"[<>=!~\[]", specifier)[0].lower().replace("_", "-")
 
 
@@ -135,6 +136,19 @@ def test_every_direct_dependency_is_pinned():
         named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][f"{extra}requirements"])}
     pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
+
+
+def test_every_requirement_states_a_lower_bound(monkeypatch):
+    """The bounds that tests/trials/floors.py has proved."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "trials")
+    from floors import floors
+
+    bounds, lines = floors(), (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {package(line): line.partition("==")[2] for line in lines}
+    assert Version(bounds["torch"]) >= Version("2.6"), "weights_only is unsafe before (CVE-2025-32434)"
+    assert Version(bounds["scipy"]) >= Version("1.15"), "bootstrap lacks rng before"
+    above = {name: bound for name, bound in bounds.items() if Version(bound) > Version(pinned[package(name)])}
+    assert not above, f"constraints.txt pins lower versions: {above}"
 
 
 def test_nbdev_test_runs_every_notebook():
