@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -187,11 +188,14 @@ def test_a_notebook_runs_in_this_interpreter_with_this_code(tmp_path, monkeypatc
 def test_a_notebook_says_which_python_lacks_faic(name, monkeypatch):
     cells = [cell for cell in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     assert "parameters" in cells[0].metadata.tags
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: None if module == "faic" else module)
-    namespace = {}
-    exec(cells[1].source, namespace)
-    with pytest.raises(ModuleNotFoundError, match=f"{sys.executable} has no faic.*pip install.*papermill -k.*faic run"):
-        exec(cells[2].source, namespace)
+    for found in (None, SimpleNamespace(origin=None)):  # the second is a folder of that name, such as a clone
+        specs = dict.fromkeys(("torch", "ignite", "skimage"), SimpleNamespace(origin="a file")) | dict(faic=found)
+        monkeypatch.setattr("importlib.util.find_spec", specs.get)
+        namespace = {}
+        exec(cells[1].source, namespace)
+        reason = f"{sys.executable} has no faic.*pip install.*papermill -k.*faic run"
+        with pytest.raises(ModuleNotFoundError, match=reason):
+            exec(cells[2].source, namespace)
     monkeypatch.undo()
     exec(cells[1].source + "\n" + cells[2].source, {})
 
