@@ -160,6 +160,9 @@ def changed_environment(**values):
                 os.environ[name] = value
 
 # %% ../nbs/60_study.ipynb #3522fa3c
+def _literal(path): # papermill takes {x} in a path for the value of the parameter x
+    return str(path).replace('{', '{{').replace('}', '}}')
+
 def run_notebook(
     name:str, # e.g. 'phase1'
     parameters:dict, # papermill parameters
@@ -180,7 +183,7 @@ def run_notebook(
     try:
         with changed_environment(**kernel_environment(name, mirror)):
             papermill.execute_notebook(
-                notebook_path(name), out, parameters=parameters, progress_bar=False,
+                _literal(notebook_path(name)), _literal(out), parameters=parameters, progress_bar=False,
                 kernel_name='python3', kernel_manager_class=manager,
                 extra_arguments=['--IPKernelApp.log_level=CRITICAL', '--IPKernelApp.ignore_cwd=True'])
     except papermill.PapermillExecutionError as e:
