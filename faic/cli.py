@@ -165,31 +165,33 @@ def budgets(preset, hours):
 # %% ../nbs/63_cli.ipynb #0d75b297
 @main.command()
 @click.argument('photos', nargs=-1, required=True, type=click.Path(exists=True))
-@click.option('-o', '--out', default='', help="Folder for the results; default: 'colorized' beside the photograph.")
+@click.option('-o', '--out', default='',
+              help="Folder for the results; default: '<folder>-colorized' beside the photograph's folder.")
 @click.option('--run', 'run_name', default='', help='A run folder or its name; default: the newest run of phase 2.')
 @click.option('--frame', default='whole', show_default=True, type=click.Choice(['whole', 'square']),
               help="All of the photograph at its own size, or its central square at the model's size.")
 @click.option('--seed', default=0, show_default=True, help="Of the model's random choices.")
 @click.option('--device', default='auto', show_default=True, help='auto, cpu, cuda, cuda:1')
-def colorize(photos, out, run_name, frame, seed, device):
+@click.option('--overwrite', is_flag=True, help='Replace files that are there; the photographs are never replaced.')
+def colorize(photos, out, run_name, frame, seed, device, overwrite):
     """Colorize photographs, or folders of them, with a trained run.
 
     Example: faic colorize grandmother.jpg -o colored
     """
     from faic.colorize import run_colorize
-    failed = 0
+    from faic.core import printable
+    failed = False
     for photo in photos:
         try:
-            found = run_colorize(photo, run_name, out, seed, device, frame)
+            found = run_colorize(photo, run_name, out, seed, device, frame, overwrite=overwrite)
         except (ParameterError, ValueError, OSError) as e:
-            click.echo(f'{photo}: {e}', err=True)
-            failed += 1
+            click.echo(f'{printable(photo)}: {e}', err=True)
+            failed = True
             continue
         for target in found.done.values():
-            click.echo(target)
-        for file, reason in found.skipped.items():
-            click.echo(f'skipped: {file}: {reason}', err=True)
-        failed += len(found.skipped)
+            click.echo(printable(target))
+        click.echo(found.summary(), err=True)
+        failed = failed or bool(found.failed)
     if failed:
         raise SystemExit(1)
 
