@@ -20,6 +20,7 @@ LONGEST = (
     "test_phases_bbdm.py",
     "test_phases_coltran.py",
     "test_trials.py",
+    "test_places.py",
     "test_phase_functions.py",
     "test_together.py",
     "test_loop.py",
