@@ -217,9 +217,7 @@ def _identity(file): # 'grandmother.jpg 0123456789abcdef'
 class TargetTaken(Exception):
     "A result would replace a file that it must not replace; the message names it."
 
-def _is_made(target, record, photographs, overwrite): # by the same command, so that nothing is left to do?
-    if not os.path.lexists(target):
-        return False
+def _is_made(target, record, photographs, overwrite): # a file that is there: is it the answer already?
     if _disk_id(target) in photographs:
         raise TargetTaken(f'its target {target} is a photograph, which no result replaces; give another folder as out')
     if overwrite:
@@ -359,8 +357,9 @@ def _first_reasons(reasons, most=5):
 
 # %% ../nbs/49_colorize.ipynb #972ea824
 def _colorize_file(colorizer, file, target, photographs, p):
-    record = colorizer.made_with | dict(photograph=_identity(file), place=_place(file), seed=p.seed, frame=p.frame)
-    if _is_made(target, record, photographs, p.overwrite):
+    if not file.is_file():
+        raise UnsupportedImage('not a file')
+    if os.path.lexists(target) and _is_made(target, _record(colorizer, file, p), photographs, p.overwrite):
         return
     picture = read_image(file)
     result = colorizer(picture.rgb, make_generator(p.seed, file.name), p.frame)
@@ -368,7 +367,10 @@ def _colorize_file(colorizer, file, target, photographs, p):
         picture.metadata.pop('dpi', None) # of a picture of another size
     if picture.alpha is not None:
         result.putalpha(ImageOps.fit(picture.alpha, result.size, Image.Resampling.BOX))
-    save_result(result, target, record, p.overwrite, **picture.metadata)
+    save_result(result, target, _record(colorizer, file, p), p.overwrite, **picture.metadata)
+
+def _record(colorizer, file, p):
+    return colorizer.made_with | dict(photograph=_identity(file), place=_place(file), seed=p.seed, frame=p.frame)
 
 def _is_no_photograph(file, error):
     named_as_image = str(mimetypes.guess_type(file.name, strict=False)[0]).startswith('image/')

@@ -322,6 +322,17 @@ def test_the_error_of_one_photograph_stops_no_other(album, colorizer, error, rea
         found.check()
 
 
+def test_pipes_and_dangling_links_are_no_photographs(album, colorizer):
+    """Opening a pipe would wait forever."""
+    os.mkfifo(album / "pipe.jpg")
+    (album / "link.jpg").symlink_to(album / "none")
+    long = album / f"{'x' * 251}.png"
+    Image.new("L", (9, 9)).save(long)
+    found = run_colorize(str(album))
+    assert len(found.done) == 4 and found.done[long].exists()
+    assert found.failed == {album / "pipe.jpg": "not a file", album / "link.jpg": "not a file"}
+
+
 def test_the_command_ends_with_1_where_a_photograph_failed(album, colorizer, tmp_path):
     def faic(*words):
         return CliRunner().invoke(main, ["colorize", *map(str, words)])
