@@ -18,7 +18,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements")
+GROUPS = ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements", "formats_requirements")
 TESTS = (
     "test_golden_pix2pix",
     "test_golden_vqgan",
