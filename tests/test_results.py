@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 
 import faic.components
 import faic.phases
-from faic.core import pick_device, read_json, repo_root, write_json
+from faic.core import RESULTS_MARKER, pick_device, read_json, repo_root, write_json
 from faic.drawing import save_figure
 from faic.figures import figure7, figure11, figure_steps, paper_figure
 from faic.first_stages import VQGANS
@@ -143,7 +143,7 @@ def folders(tmp_path, monkeypatch):
 
 def written(folder):
     """Name -> path of what `results` has written."""
-    return {f.name: f for f in (folder / "figures" / "smoke").iterdir()}
+    return {f.name: f for f in (folder / "figures" / "smoke").iterdir() if f.name != RESULTS_MARKER}
 
 
 def in_this_process(notebook, **parameters):
