@@ -27,7 +27,7 @@ from .core import (RESULT_SOFTWARE, RESULTS_MARKER, ProgressBar, make_generator,
 from .drawing import picture_row
 from .image_files import UnsupportedImage, read_image, to_rgb
 from .parameters import notebook_parameters, resolve_sampling
-from .photos import list_files, scan_folder
+from .photos import is_result, list_files
 from .presets import make_colorizer, make_trainee
 from .resume import load_weights
 from .runs import Run
@@ -118,8 +118,6 @@ def colorize_photo(
     return colorize_rgb(colorize, rgb.copy() if rgb is photo else rgb, side, gray_kind, generator, device, frame)
 
 # %% ../nbs/49_colorize.ipynb #64270548
-_EXIF_SOFTWARE = 305 # tag
-
 def read_record(
     file:Path, # any file
 )->dict: # how the picture was made; {} where it does not say; None where FAIC did not make it
@@ -128,11 +126,10 @@ def read_record(
         if not file.is_file():
             return None
         with Image.open(file) as image:
-            software = image.info.get('Software') or image.getexif().get(_EXIF_SOFTWARE)
-            comment = image.info.get('Comment')
+            is_ours, comment = is_result(image), image.info.get('Comment')
     except Exception: # whatever Pillow raises on a file that is no image
         return None
-    if not str(software).startswith(RESULT_SOFTWARE):
+    if not is_ours:
         return None
     try:
         return dict(json.loads(comment))

@@ -229,16 +229,8 @@ def _size_and_time(path):
 def list_files(
     folder:Path, # an existing folder
 )->list: # [path relative to it with '/', size in bytes or -1], sorted by path
-    "List the files below a folder with their sizes, without what FAIC made."
-    return [[file, size] for file, (size, _) in scan_folder(folder).items()
-            if size < 1 or not _is_made_by_faic(Path(folder)/file, file)]
-
-def _is_made_by_faic(path, file): # where it cannot be read, reading it will say why
-    if in_results_folder(path, file):
-        return True
-    with suppress(Exception), Image.open(path) as image:
-        return is_result(image)
-    return False
+    "List the files below a folder with their sizes."
+    return [[file, size] for file, (size, _) in scan_folder(folder).items()]
 
 # %% ../nbs/05_photos.ipynb #722b290d
 def hash_order(
