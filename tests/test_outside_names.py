@@ -126,7 +126,7 @@ def printed(file):
 
 def test_braces_in_a_path_are_no_template(probe, monkeypatch):
     """Neither in the folder of the repository, nor in that of the runs, nor in a parameter."""
-    monkeypatch.setattr("faic.study.repo_root", lambda: probe)
+    monkeypatch.setattr("faic.study.notebook_path", lambda name: probe / "nbs" / f"{name}.ipynb")
     monkeypatch.chdir(probe)
     (probe / "study-{preset}").mkdir()
     parameters = dict(photo="{photo}.jpg", run="a", out="{}", data="{data[0]}", seed="3")

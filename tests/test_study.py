@@ -41,4 +41,4 @@ def test_a_study_that_is_stopped_stops_its_notebooks(folders, tmp_path):
         study.kill()
     assert "continues from the last checkpoint" in (tmp_path / "log").read_text()
     trained = [run for run in runs.glob("*") if (run / "log.jsonl").exists()]
-    assert len(trained) == 2 and all((run / "last.pt").exists() for run in trained)
+    assert len(trained) >= 2 and all((run / "last.pt").exists() for run in trained)

@@ -115,7 +115,7 @@ def test_a_stage_ends_in_time_and_keeps_what_it_has(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """108 photographs: 105 JPEGs of 32x32, of which two are gray, and others of another size."""
+    """108 photographs: 105 JPEGs of 32x32 and three of another size; two are stored as gray, eight more look gray."""
     for i, pixels in enumerate(load_photos().array[::2]):
         picture = Image.fromarray(pixels).resize((32, 32)) if i % 36 != 5 else Image.fromarray(pixels)
         file = tmp_path / "my photos" / f"class{i % 3}" / f"{i:03}.jpg"
@@ -127,8 +127,8 @@ def folder(tmp_path):
 def test_packed_photographs_are_split_as_their_folder_is(folder, tmp_path, monkeypatch):
     """Together or alone, chunks keep every photograph in its split; JPEGs arrive unchanged, gray ones are left out."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
-    found = gpu_photos.pack(folder, tmp_path / "packed", 32, dict(train=90, validation=5, test=5), [18_000, 40 * 2**20])
-    assert len(found["chunks"]) == 2 and sum(c["train"] for c in found["chunks"]) == 90 and found["gray"] == 2
+    found = gpu_photos.pack(folder, tmp_path / "packed", 32, dict(train=72, validation=4, test=4), [18_000, 40 * 2**20])
+    assert len(found["chunks"]) == 2 and sum(c["train"] for c in found["chunks"]) == 72 and found["gray"] == 10
     whole = load_photos(str(folder), 32)
     used = whole.manifest[whole.manifest["row"] >= 0].set_index("row")
     splits = {s: set(used.loc[whole.splits[s], "file"]) for s in gpu_photos.SPLITS}

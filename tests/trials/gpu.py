@@ -159,7 +159,7 @@ def rehearse(o):
         os.environ |= dict(FAIC_RUNS=str(root / "runs"), FAIC_FIGURES=str(root / "figures"))
         o.out, o.photos, o.work = root / "out", root / "packed", root / "work"
         toy_photographs(root / "toys", load_photos().array)
-        o.side, o.count, o.sizes = 32, 5, f"{20000 / 2**20},{80000 / 2**20}"
+        o.side, o.count, o.sizes = 32, 4, f"{20000 / 2**20},{80000 / 2**20}"
         for stage in stages:
             began = time.monotonic()
             o.folder = root / "toys" if stage == "pack" else o.out
