@@ -353,6 +353,7 @@ def bbdm_stages(
 
     return {'encode': encode, 'U-Net step': step, 'decode': decode}
 
+# %% ../nbs/24_bbdm.ipynb #8b3917f8
 def _times(model, steps): # (t, n): from which time to which; the last n is None
     times = sampling_timesteps(model.bridge.timesteps, steps)
     return list(zip(times, [*times[1:], None]))

@@ -80,6 +80,7 @@ def _tensors_of(path, file, average, model): # name -> tensor of bridge and netw
     check_tensors(expected, found, path, 'BBDM')
     return tensors
 
+# %% ../nbs/29_bbdm_checkpoints.ipynb #a15cae8a
 def load_bbdm(
     path:Path, # last_model.pth
     ema:bool=True, # the averages, as in the official test; False: the raw weights

@@ -48,6 +48,7 @@ _study_options = _with(
                  help="Photographs that are gray themselves, of those that are scored; 'keep' as in the paper."),
 )
 
+# %% ../nbs/63_cli.ipynb #5a34b343
 class Commands(click.Group):
     "Commands that end with one sentence where a file or folder cannot be read or written."
     def invoke(self, context):
@@ -93,6 +94,7 @@ def _run_function(name, parameters):
     except Exception as e:
         raise SystemExit(f'\n{name} {parameters} stopped:\n{type(e).__name__}: {e}\nThe whole function') from e
 
+# %% ../nbs/63_cli.ipynb #efc1cc47
 def _run_notebook(name, parameters):
     from faic.study import run_notebook, study_folder
     rank = int(os.environ.get('RANK', 0))
@@ -218,6 +220,7 @@ def _cluster_options_of(given, for_run):
     except ValueError as e:
         raise click.UsageError(str(e)) from e
 
+# %% ../nbs/63_cli.ipynb #c8107b53
 @main.group()
 def cluster():
     "Run the study as jobs, on local GPUs or under SLURM."

@@ -92,6 +92,7 @@ def run_jobs(
             time.sleep(pause)
     return schedule.ended
 
+# %% ../nbs/62_cluster.ipynb #ba12dce8
 @dataclass
 class _Schedule:
     waiting:list # of Job
@@ -330,6 +331,7 @@ def cluster_options(*,
     return ClusterOptions(preset, _checked_data(data, preset, for_run), models, seed, seeds, budget_or_default(budget),
                           gray_photographs, on, gpus, at_once, sbatch)
 
+# %% ../nbs/62_cluster.ipynb #545647a5
 def _check_choice(name, value, known):
     if value not in known:
         raise ValueError(f'{name} is {value!r}; expected one of {", ".join(known)}')

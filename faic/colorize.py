@@ -316,6 +316,7 @@ class Colorized:
         if self.failed:
             raise RuntimeError(self.summary())
 
+# %% ../nbs/49_colorize.ipynb #6f21b563
 def run_colorize(
     photo:str='', # a photograph, or a folder of them
     run:str='', # a run's folder or name; '': the newest run of phase 2

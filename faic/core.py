@@ -378,6 +378,7 @@ class CellBars:
         output = dict(display_id=f'faic-bars-{os.getpid()}-{self.cell}')
         publish_display_data(shown, transient=output, update=not new_cell)
 
+# %% ../nbs/00_core.ipynb #3748dc8f
 class ProgressBar(tqdm):
     "A tqdm bar that a notebook shows but does not store, and that mirrors its state into the file `FAIC_PROGRESS`."
     live = {} # depth -> state of the bar that is open there

@@ -237,6 +237,7 @@ def _timed_scores(colorize, gray_kind, keeps_lightness, photos, feature_net, see
     each = sum(spent)/len(photos.splits['validation'])
     return [dict(lightness=v, seconds_per_image=each, **row) for v, row in rows.items()]
 
+# %% ../nbs/59_inference.ipynb #9b1565dc
 def score_steps(
     timed:TimedModel, # trained, on the device
     parameters,
