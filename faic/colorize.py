@@ -136,6 +136,10 @@ def read_record(
     except (TypeError, ValueError):
         return {}
 
+def _is_result(file, root):
+    folders = [folder for folder in file.parents if root in (folder, *folder.parents)]
+    return any((folder/RESULTS_MARKER).exists() for folder in folders) or read_record(file) is not None
+
 # %% ../nbs/49_colorize.ipynb #7c74cf69
 def find_photographs(
     photo:str, # a file or a folder
@@ -149,11 +153,10 @@ def find_photographs(
         raise FileNotFoundError(f'{path} does not exist; give a photograph or a folder of them as photo')
     root = path if path.is_dir() else path.parent
     folder = _out_folder(path, root, out)
-    files = [path/name for name, _ in list_files(path)] # without results
-    if path.is_file() and read_record(path) is None:
-        files = [path]
+    found = [path] if path.is_file() else [path/name for name, _ in list_files(path)]
+    files = [f for f in found if not _is_result(f, path)]
     if not files:
-        what = 'no photograph, only results of FAIC' if path.is_file() or scan_folder(path) else 'no files'
+        what = 'no photograph, only results of FAIC' if found else 'no files'
         raise ValueError(f'{path} holds {what}; give a photograph or a folder of them as photo')
     _make_results_folder(folder)
     return _targets(files, root, folder)

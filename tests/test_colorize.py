@@ -185,6 +185,7 @@ def test_the_marker_does_not_hide_a_folder_of_photographs(album, colorizer):
 
 
 def test_a_photograph_at_the_root_needs_a_folder(colorizer, monkeypatch):
+    monkeypatch.setattr(faic.colorize, "_is_result", lambda *arguments: False)
     monkeypatch.setattr(faic.colorize, "list_files", lambda folder: [["a.jpg", 1]])
     with pytest.raises(ValueError, match="has no folder beside it for the results; give a folder as out"):
         run_colorize("/")
