@@ -74,7 +74,6 @@ class TaskBar:
     def refresh(self)->float: # weight of what is done
         "Read the mirror."
         if not self.name:
-            self.bar.desc, self.bar.n = '', 0
             return 0.
         fraction, inner = _mirrored(self.mirror)
         inner = inner or dict(desc='starting', n=0, total=1)
@@ -102,7 +101,7 @@ class StudyProgress:
         self.study.n = max(self.study.n, self.done + sum(task.refresh() for task in self.tasks))
         if sys.stderr.isatty() or time.monotonic() - self.shown > 15:
             self.shown = time.monotonic()
-            for bar in (self.study, *(task.bar for task in self.tasks)):
+            for bar in (self.study, *(task.bar for task in self.tasks if task.name)):
                 bar.refresh()
 
     def start(self, name:str, weight:float)->TaskBar: # a free one
@@ -115,6 +114,7 @@ class StudyProgress:
         "A notebook is done."
         self.done += task.weight
         task.name, task.weight = '', 0.
+        task.bar.clear()
 
     def close(self):
         "Leave the study's bar on the terminal."
