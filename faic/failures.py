@@ -71,7 +71,7 @@ def open_failures(
     if not runs:
         raise ValueError(f'{photos.name} has no trained run of phase 2 with preset {preset} and seed {seed}. '
                          'Run phase2 with these photographs first.')
-    free, folder = load_photos('embedded', 64), results_folder(preset, data)
+    free, folder = load_photos('embedded', 64), results_folder(preset, data, gray_photographs)
     return FailureStudy(preset, seed, device, photos, free, runs, folder)
 
 # %% ../nbs/58_failures.ipynb #58a10006

@@ -40,9 +40,13 @@ def data_name(data:str)->str: # 'embedded', or the folder's name
 def results_folder(
     preset:str,
     data:str, # 'embedded', a folder, or its name
-)->Path: # figures/<preset>[-<data name>]
+    gray_photographs:str='leave out', # or 'keep', whose page must not replace the other
+)->Path: # figures/<preset>[-<data name>][-gray-kept]
     "Where the tables and figures of a preset and a data set lie."
-    return figures_dir()/(preset if data == 'embedded' else f'{preset}-{data_name(data)}')
+    names = [preset]
+    names += [data_name(data)] if data != 'embedded' else []
+    names += ['gray-kept'] if gray_photographs == 'keep' else []
+    return figures_dir()/'-'.join(names)
 
 def page_budgets(
     preset:str,
@@ -178,7 +182,7 @@ def make_results(
     p = notebook_parameters(given, *given)
     selection = select_runs(p.preset, data_name(p.data), p.seed, page_budgets(p.preset, p.budget), p.seeds,
                             p.gray_photographs)
-    folder = results_folder(p.preset, p.data)
+    folder = results_folder(p.preset, p.data, p.gray_photographs)
     tables = page_tables(selection)
     for name, table in tables.items():
         save_table(table, folder, name)

@@ -326,7 +326,7 @@ def run_study(
     with tempfile.TemporaryDirectory() as mirrors, closing(StudyProgress(mirrors, _weight(steps), at_once)) as bars:
         run_chains(chains, bars, folder, share)
         run_chains([last], bars, folder) # inference times are measured alone
-    return results_folder(preset, data)
+    return results_folder(preset, data, gray_photographs)
 
 # %% ../nbs/60_study.ipynb #636de99b
 class Terminated(KeyboardInterrupt):
