@@ -1,13 +1,17 @@
 """The whole study in one command."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from faic.study import _check_finished
 
 COMMAND = [sys.executable, "-m", "faic", "study", "--models", "pix2pix,coltran", "--side-by-side", "2"]
 
@@ -42,3 +46,16 @@ def test_a_study_that_is_stopped_stops_its_notebooks(folders, tmp_path):
     assert "continues from the last checkpoint" in (tmp_path / "log").read_text()
     trained = [run for run in runs.glob("*") if (run / "log.jsonl").exists()]
     assert len(trained) >= 2 and all((run / "last.pt").exists() for run in trained)
+
+
+@pytest.mark.parametrize("reason, expected", [("because", "because"), (None, "phase1 was stopped .exit code 7.")])
+def test_a_notebook_that_ends_early_has_a_reason(reason, expected):
+    context = multiprocessing.get_context("spawn")
+    failure, end = context.Pipe(duplex=False)
+    process = context.Process(target=sys.exit, args=(7,))
+    process.start()
+    if reason:
+        end.send(reason)
+    end.close()
+    with pytest.raises(SystemExit, match=expected):
+        _check_finished(SimpleNamespace(name="phase1", process=process, failure=failure))
