@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
-from .parameters import ParameterError, budget_or_default, comma_list
+from .parameters import ParameterError, budget_or_default, model_list
 from .photos import GRAY_PHOTOGRAPHS
-from .presets import ARCHITECTURES, PRESETS
+from .presets import PRESETS
 
 # %% ../nbs/63_cli.ipynb #320a39b1
 def _checked(check): # a check of faic.parameters -> callback of click
@@ -25,9 +25,6 @@ def _checked(check): # a check of faic.parameters -> callback of click
             raise click.BadParameter(str(e)) from e
     return callback
 
-def _models(value):
-    return comma_list(*ARCHITECTURES)(value)
-
 def _with(*options): # one decorator of several
     def decorate(command):
         for option in reversed(options):
@@ -37,8 +34,8 @@ def _with(*options): # one decorator of several
 
 _study_options = _with(
     click.option('--data', default='embedded', show_default=True, help="'embedded' or a folder of photographs."),
-    click.option('--models', default='all', show_default=True, callback=_checked(_models),
-                 help='Comma-separated names of architectures.'),
+    click.option('--models', default='paper', show_default=True, callback=_checked(model_list),
+                 help="Comma-separated names of architectures, 'paper' (the paper's three) or 'all'."),
     click.option('--seed', default=0, show_default=True, help='The first seed.'),
     click.option('--seeds', default=1, show_default=True, type=click.IntRange(1),
                  help='How many seeds: seed, seed + 1, ... Tables then show mean and spread.'),

@@ -17,9 +17,9 @@ import torch
 
 from .core import figures_dir, require_writable
 from .jobs import Job, describe_plan, study_jobs
-from .parameters import budget_or_default, comma_list
+from .parameters import budget_or_default, model_list
 from .photos import GRAY_PHOTOGRAPHS
-from .presets import ARCHITECTURES, PRESETS
+from .presets import PRESETS
 from .study import executed_path, run_notebook, study_folder
 
 # %% ../nbs/62_cluster.ipynb #dd8daf77
@@ -302,7 +302,7 @@ class ClusterOptions:
 def cluster_options(*,
     preset:str='paper', # smoke, laptop, gpu or paper
     data:str='embedded', # or a folder of photographs
-    models:str='all', # comma list of architectures, or 'all'
+    models:str='paper', # comma list of architectures, 'paper' (its three) or 'all'
     seed:int=0, # the first one
     seeds:int=1, # how many: seed, seed + 1, ...
     budget:str='', # of each variant and day; '': the preset's
@@ -319,7 +319,7 @@ def cluster_options(*,
     _check_choice('preset', preset, PRESETS)
     _check_choice('on', on, ('local', 'slurm'))
     _check_choice('gray_photographs', gray_photographs, GRAY_PHOTOGRAPHS)
-    models = comma_list(*ARCHITECTURES)(models)
+    models = model_list(models)
     if seeds < 1:
         raise ValueError(f'seeds is {seeds}; expected 1 or more')
     if gpus and (at_once or not re.fullmatch('[0-9]+(,[0-9]+)*', gpus)):

@@ -29,6 +29,7 @@ from .evaluate import evaluate, gray_baseline, reconstruction, sample_rows
 from .intervals import interval_note
 from .metrics import column_name, image_scores
 from .photos import EMBEDDED, Photos
+from .paper import PAPER_FIGURES
 from .presets import ARCHITECTURES, all_components, default_latent, default_sampling, make_colorizer, make_trainee
 from .resume import load_weights
 from .results import results_folder, save_drawing
@@ -361,19 +362,27 @@ def draw_versions(
     return sample_grid(columns, title, [study.footer, free_credits()])
 
 # %% ../nbs/58_failures.ipynb #58a1001c
+def _file_name(place, number): # of a figure with free photographs
+    phase, model = place
+    shown = 'variants' if phase == 'phase1' else 'days'
+    return f"{number.lower().replace(' ', '') if number else f'figure_{shown}_{model}'}_free"
+
 def save_versions(study:FailureStudy)->list: # of paths
     "Draw Figures 4 to 6 and 8 to 10 with free photographs; saved as figure<n>_free."
     files, runs = [], {model_key(run.options): run for run in study.runs.values()}
-    for number, model in enumerate(ARCHITECTURES):
+    numbers = {place: number for number, place in PAPER_FIGURES.items()}
+    for model in ARCHITECTURES:
         if model not in runs:
             continue
         variants, trained = variant_weights(study, model), runs[model].options['variant']
-        drawn = {4 + number: (variants, 'phase 1: the variants'),
-                 8 + number: (day_weights(runs[model]), f'phase 2 ({trained}): days')}
-        for figure, (weights, what) in drawn.items():
+        drawn = {('phase1', model): (variants, 'phase 1: the variants'),
+                 ('phase2', model): (day_weights(runs[model]), f'phase 2 ({trained}): days')}
+        for place, (weights, what) in drawn.items():
             if weights:
-                title = f'Figure {figure} with free photographs. {model_name(model)}, {what}'
-                files.append(save_drawing(draw_versions(study, weights, title), study.folder, f'figure{figure}_free'))
+                number = f'{numbers[place]} with' if place in numbers else 'With'
+                title = f'{number} free photographs. {model_name(model)}, {what}'
+                file = _file_name(place, numbers.get(place))
+                files.append(save_drawing(draw_versions(study, weights, title), study.folder, file))
     return files
 
 # %% ../nbs/58_failures.ipynb #58a1001e

@@ -168,14 +168,15 @@ def time_training(
 
 # %% ../nbs/59_inference.ipynb #53b87abc
 def training_table(
+    models, # names of architectures
     parameters,
     photos:Photos,
     precisions:list,
     device,
 )->pd.DataFrame: # by model, latents, precision and batch size
-    "Training steps of all architectures and their components."
+    "Training steps of architectures and their components."
     asked = []
-    for model in ARCHITECTURES:
+    for model in models:
         components = components_of(model, parameters.latent, preset=parameters.preset)
         in_latents = any(map(_is_first_stage, components))
         for precision in precisions:
@@ -281,6 +282,7 @@ class InferenceTimes:
 # %% ../nbs/59_inference.ipynb #a660b576
 def run_inference_time(
     preset:str='smoke', # smoke, laptop, gpu or paper
+    models:str='paper', # comma list of architectures, 'paper' (its three) or 'all'
     data:str='embedded', # 'embedded', or a folder of photographs
     gray_photographs:str='leave out', # or 'keep', as the runs were told
     seed:int=0, # of the runs whose weights are used
@@ -289,7 +291,7 @@ def run_inference_time(
     latent:str='', # f4, f8, f16 or none (pixels), for a model that works in latents; '': the preset's
     **own, # sampling parameters of the architectures: batch_norm, temperature, sample_steps, ...
 )->InferenceTimes:
-    "Time all architectures; ParameterError where an argument is wrong."
+    "Time architectures; ParameterError where an argument is wrong."
     given = locals()
     given |= given.pop('own')
     p = notebook_parameters(given, *given)
@@ -299,7 +301,7 @@ def run_inference_time(
     photos = study_photos(p.data, p.preset, p.preset == 'paper' and p.data != 'embedded', p.gray_photographs)
     batch_sizes = (1, 8) if where.type == 'cpu' else (1, 8, 256)
     tables, messages, steps = [], [], {}
-    for model in ProgressBar(ARCHITECTURES, desc='inference times', unit='task'):
+    for model in ProgressBar(p.models, desc='inference times', unit='task'):
         timed = open_model(model, p, photos)
         rows = time_colorizing(timed, photos, useful, batch_sizes, p.images, where)
         keep_times(timed, rows, p, photos, where)
@@ -311,7 +313,7 @@ def run_inference_time(
             steps |= {model: found} if found else {}
             messages += [reason] if reason else []
     times = pd.concat(tables).set_index(['model', 'stage', 'precision', 'batch_size'])
-    training = training_table(p, photos, list(useful), where)
+    training = training_table(p.models, p, photos, list(useful), where)
     return InferenceTimes(rates, times, training, messages, steps, photos)
 
 # %% ../nbs/59_inference.ipynb #2b89e798

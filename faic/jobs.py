@@ -20,8 +20,8 @@ from .components import treats_gray
 from .core import Budget, device_name, pick_device
 from .dataset import load_photos
 from .photos import different_splits, scan_folder
-from .presets import (DAYS, PRESETS, component_budget, components_of, day_budget, default_latent, default_variant,
-                          default_variants, find_architecture, make_trainee, model_options, preset_side)
+from .presets import (DAYS, PAPER_MODELS, PRESETS, component_budget, components_of, day_budget, default_latent,
+                      default_variant, default_variants, find_architecture, make_trainee, model_options, preset_side)
 from .results import data_name
 from .runs import Run, strip_hashes
 from .status import (RunState, find_timing, format_duration, format_share, readable_runs, run_status,
@@ -43,7 +43,7 @@ class Job:
 def study_jobs(
     preset:str='paper',
     data:str='embedded', # or a folder of photographs
-    models=None, # names of architectures; None: all
+    models=PAPER_MODELS, # names of architectures
     seeds=(0,), # each gets jobs of its own
     budget:str='', # of each variant and day; '': the preset's
     gray_photographs:str='leave out', # that are gray themselves, of the scored ones; or 'keep'
@@ -51,15 +51,15 @@ def study_jobs(
     "List the jobs of a study."
     several, common = len(seeds) > 1, dict(preset=preset, data=data, gray_photographs=gray_photographs)
     phase1, phase2 = [], []
-    for seed in seeds:
-        suffix = f'-s{seed}' if several else ''
+    suffixes = {seed: f'-s{seed}' if several else '' for seed in seeds}
+    for seed, suffix in suffixes.items():
         phase1 += _phase1_jobs(models, common | dict(seed=seed, budget=budget), suffix)
-    for seed in seeds:
-        suffix = f'-s{seed}' if several else ''
+    for seed, suffix in suffixes.items():
         repeats = dict(seed=seeds[0], seeds=len(seeds), only_seed=str(seed)) if several else dict(seed=seed)
         phase2 += _phase2_jobs(models, common | repeats | dict(budget=budget), suffix, phase1)
     last = common | dict(seed=seeds[0])
-    times = Job('inference_time', 'inference_time', last, tuple(j.name for j in phase2), 'afterany')
+    timed = last | dict(models=','.join(models))
+    times = Job('inference_time', 'inference_time', timed, tuple(j.name for j in phase2), 'afterany')
     collected = last | dict(budget=budget) | (dict(seeds=len(seeds)) if several else {})
     results = Job('results', 'results', collected, ('inference_time',), 'afterany', gpus=0)
     return [*phase1, *phase2, times, results]
@@ -327,7 +327,7 @@ class TrainingStatus:
 def study_status(
     preset:str,
     data:str, # 'embedded' or a folder of photographs
-    models=None, # names of architectures; None: all
+    models=PAPER_MODELS, # names of architectures
     seeds:int=1, # how many: seed, seed + 1, ...
     seed:int=0,
     budget:str='', # of each variant and day; '': the preset's

@@ -90,22 +90,23 @@ def _mark_winner(entry, winner): # the entry with the column 'chosen'
 
 # %% ../nbs/52_score_tables.ipynb #52a10004
 def variants_table(
-    paper_table:str, # 'Table I', 'Table II' or 'Table III'
+    which:str, # 'Table I', 'Table II', 'Table III', or an architecture that the paper lacks
     selection:RunSelection,
 )->Table:
     "Compare the variants of one model in phase 1: the paper's, any others that were run, and the baselines."
-    paper, selection = PAPER_TABLES[paper_table], first_seed(selection, 'phase1')
-    model = paper['model']
+    selection, paper = first_seed(selection, 'phase1'), PAPER_TABLES.get(which)
+    model = paper['model'] if paper else which
+    paper_fid = PAPER_FID.get(model, {})
     run_here = [v for phase, m, v in selection.runs if (phase, m) == ('phase1', model)]
-    variants = dict.fromkeys([*paper['FID'], *run_here])
+    variants = dict.fromkeys([*paper_fid, *run_here])
     entries = [entry for v in variants
-               for entry in seed_entries(v, selection, ('phase1', model, v), paper['FID'].get(v, np.nan))]
-    notes = [*_paper_notes(paper), *space_note(selection.preset, [model])]
+               for entry in seed_entries(v, selection, ('phase1', model, v), paper_fid.get(v, np.nan))]
+    notes = [*(_paper_notes(paper) if paper else ()), *space_note(selection.preset, [model])]
     winner = winner_of(selection, model)
     if winner:
         entries = [_mark_winner(entry, winner) for entry in entries]
         notes.append(_winner_note(winner, bool(selection.other_seeds)))
-    title = f"{paper_table}. {paper['name']}, phase 1: the variants on the validation images"
+    title = f"{f'{which}. ' if paper else ''}{model_name(model)}, phase 1: the variants on the validation images"
     return _score_table(title, entries + baseline_entries(selection, 'phase1'), selection, 'phase1', [model], notes)
 
 # %% ../nbs/52_score_tables.ipynb #17580d66

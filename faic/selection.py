@@ -19,8 +19,8 @@ from .components import component_hashes, treats_gray
 from .core import read_json, runs_dir
 from .first_stages import external_name
 from .photos import Photos
-from .presets import (ARCHITECTURES, all_components, components_of, default_latent, default_variant,
-                          find_architecture)
+from .presets import (ARCHITECTURES, PAPER_MODELS, all_components, components_of, default_latent, default_variant,
+                      find_architecture)
 from .runs import Run, primary_rows, read_runs
 from .winner import (Winner, check_same_options, choose_winner, daily_seed_means, describe_lead, name_seeds,
                          newest_scored, same_sampling, scoring_network, select_winner)
@@ -285,7 +285,7 @@ def winner_of(
 # %% ../nbs/45_selection.ipynb #6ffde886
 def all_models(selection:RunSelection)->list: # keys: the paper's first, then others that have runs
     "List the rivals: every model that has a column in the comparison."
-    models = list(ARCHITECTURES)
+    models = list(PAPER_MODELS)
     for phase, model, _ in selection.runs:
         is_rival = phase != 'component' and model != 'baseline' and ':' not in model
         if is_rival and model not in models:

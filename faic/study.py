@@ -21,17 +21,17 @@ from .core import (clone_root, figures_dir, free_cores, pick_device, require_wri
                        usable_cores)
 from .distributed import signal_at_parents_death
 from .phases import _mirrored
-from .presets import ARCHITECTURES, DAYS, PRESETS, components_of
+from .presets import DAYS, PAPER_MODELS, PRESETS, components_of
 from .results import data_name, results_folder
 
 # %% ../nbs/60_study.ipynb #c684535a
 def plan(
-    models=None, # names of architectures; None: all
+    models=PAPER_MODELS, # names of architectures
     seeds:int=1,
     preset:str='smoke',
 )->list: # (notebook, parameters, weight in the study's bar)
     "The notebooks in their order; a weight is a typical share of the time: 1 per budget, 1/2 per component."
-    models, steps = list(models or ARCHITECTURES), []
+    steps = []
     for model in models:
         components = len(components_of(model, preset=preset))/2
         steps += [('phase1', dict(model=model), 4 + components), ('phase2', dict(model=model), DAYS + components)]
@@ -39,7 +39,7 @@ def plan(
         if which['model'] in models:
             steps.append(('phase2', dict(which), DAYS + len(components_of(**which, preset=preset))))
     steps = [(notebook, parameters, weight*seeds) for notebook, parameters, weight in steps]
-    return [*steps, ('inference_time', {}, 1), ('results', {}, 1)]
+    return [*steps, ('inference_time', dict(models=','.join(models)), 1), ('results', {}, 1)]
 
 # %% ../nbs/60_study.ipynb #05401c06
 def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
@@ -309,14 +309,14 @@ def _check_finished(done):
 def run_study(
     preset:str='smoke',
     data:str='embedded', # or a folder of photographs
-    models=None, # names of architectures; None: all
+    models=PAPER_MODELS, # names of architectures
     seed:int=0,
     budget:str='', # of each variant and day; '' takes the preset's
     seeds:int=1, # how many: seed, seed + 1, ...
     side_by_side:int=0, # notebooks at a time; 0: see side_by_side_default
     gray_photographs:str='leave out', # that are gray themselves, of the scored ones; 'keep' as in the paper
 )->Path: # folder with tables and figures
-    "Run phase 1, phase 2, inference times and results for all models."
+    "Run phase 1, phase 2, inference times and results."
     require_writable(figures_dir(), 'FAIC_FIGURES') # what the last notebook writes
     steps, folder = plan(models, seeds, preset), study_folder(preset, data, seed)
     common = dict(preset=preset, data=data, seed=seed, gray_photographs=gray_photographs)

@@ -17,10 +17,11 @@ from faic.components import find_components
 from faic.figures import figure7
 from faic.parameters import ParameterError
 from faic.phases import run_phase1, run_phase2
-from faic.presets import ARCHITECTURES, default_sampling, make_colorizer, make_trainee
+from faic.presets import ARCHITECTURES, PAPER_MODELS, default_sampling, make_colorizer, make_trainee
+from faic.results import page_drawings, page_tables
 from faic.resume import load_weights
 from faic.score_tables import phase2_table
-from faic.selection import find_run, last_day, select_runs
+from faic.selection import all_models, find_run, last_day, select_runs
 from faic.status import describe_status, status
 
 
@@ -86,6 +87,10 @@ def test_the_study_works_with_a_further_architecture(photographs, toy):
     assert sorted(set(run.metrics()["day"])) == [1, 2, 3, 4, 5]
 
     page = select_runs("smoke", photographs.name, 0)
+    assert all_models(page) == [*PAPER_MODELS, "toy"] and "toy" not in all_models(select_runs("smoke", "embedded", 0))
+    assert "table_variants_toy" in page_tables(page) and {"figure_variants_toy", "figure_days_toy"} <= {
+        *page_drawings(page)
+    }
     table = phase2_table(page)
     scores = table.frame.set_index("entry")
     assert np.isfinite(scores.loc["Toy regression", "PSNR"]) and "Toy regression" in table.markdown()

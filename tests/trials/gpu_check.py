@@ -38,7 +38,7 @@ from faic.coltran import Colorizer, init_weights
 from faic.coltran_sampler import make_cached_sampler, sample_naive
 from faic.core import Budget, make_generator, set_deterministic
 from faic.metrics import efficientnet_lite0, fid
-from faic.presets import ARCHITECTURES, default_sampling, make_colorizer, make_trainee, model_options
+from faic.presets import PAPER_MODELS, default_sampling, make_colorizer, make_trainee, model_options
 from faic.runs import Run
 from faic.trainer import Trainer, train_day
 
@@ -301,7 +301,7 @@ def greedy(device, trainee, gray, name):
 def memory(device, preset, seconds):
     """Peak memory of a training step of each model."""
     found = {}
-    for model in ARCHITECTURES:
+    for model in PAPER_MODELS:
         for cast in ("float32", "bfloat16"):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -345,7 +345,7 @@ def lanes(device_text, rehearse):
     """The lanes of the stage. A process that only forks others opens no GPU."""
     device = stage_device(device_text, rehearse)
     words = "discriminator or dropout" if rehearse else ""
-    models = tuple(ARCHITECTURES)[:1] if rehearse else tuple(ARCHITECTURES)
+    models = PAPER_MODELS[:1] if rehearse else PAPER_MODELS
     golden_models = ("pix2pix",) if rehearse else ("pix2pix", "coltran", "vqgan", "bbdm")
 
     def of(name, work, *args, limit=60):
@@ -359,7 +359,7 @@ def lanes(device_text, rehearse):
         late = [] if rehearse else [paper, replace(paper, cases=CASES[:1], dtype=torch.float32)]
         items = [of("machine", about_machine, rehearse), of("scoring", scoring, rehearse, limit=20)]
         items += [of(f"sampler {s}", sampler, s, limit=45) for s in exact]
-        items += [of(f"precision {model}", precisions, model, rehearse, limit=45) for model in ARCHITECTURES]
+        items += [of(f"precision {model}", precisions, model, rehearse, limit=45) for model in PAPER_MODELS]
         items += [of(f"sampler {s}", sampler, s, limit=45) for s in late]
         return items + [of("memory", memory, "paper", limit=40)]
 

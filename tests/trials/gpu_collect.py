@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from faic.components import PHASE_DAYS
 from faic.core import Budget, runs_dir, short_hash, write_bytes
-from faic.presets import ARCHITECTURES
+from faic.presets import PAPER_MODELS
 from faic.results import results_folder
 from faic.runs import code_commit
 from faic.selection import select_runs
@@ -154,7 +154,7 @@ def collect(came, name):
 def selection_of(name, budget, seeds):
     """How many of the runs `results` would use with this budget, and why not the others."""
     days = str(Budget.parse(budget) * PHASE_DAYS["phase2"])
-    budgets = {(phase, m): b for m in ARCHITECTURES for phase, b in (("phase1", budget), ("phase2", days))}
+    budgets = {(phase, m): b for m in PAPER_MODELS for phase, b in (("phase1", budget), ("phase2", days))}
     selection = select_runs("gpu", name, seeds[0], budgets, len(seeds))
     used, skipped = len(selection.all_runs()), [sentence for *_, sentence in selection.skipped]
     print(f"collect: with the budget {budget}, `results` uses {used} runs", *skipped, sep="\n  ")

@@ -28,7 +28,7 @@ from faic.benchmark import count_flop, matrix_rate, stages_of
 from faic.coltran_sampler import RowBuffers, sample_row, sampling_cost
 from faic.core import device_name
 from faic.dataset import load_photos
-from faic.presets import ARCHITECTURES, default_sampling, describe_sampling, make_colorizer, model_options
+from faic.presets import PAPER_MODELS, default_sampling, describe_sampling, make_colorizer, model_options
 from faic.runs import provenance
 
 IMAGES = 512  # that each component works on, at least
@@ -358,7 +358,7 @@ def lanes(device_text, rehearse):
         items = [of("machine", rates, rehearse, limit=20)]
         for m, limit in (("pix2pix", 15), ("coltran", 45), ("bbdm", 35)):
             items.append(of(f"sampling {m}", sampling, m, rehearse, best, limit=limit))
-        items += [of(f"training {m}", training, m, rehearse, best, limit=25) for m in ARCHITECTURES]
+        items += [of(f"training {m}", training, m, rehearse, best, limit=25) for m in PAPER_MODELS]
         return items + [of("graphs", graphs, rehearse, limit=15), of("formats", formats, rehearse, limit=15)]
 
     def compiling():

@@ -30,7 +30,7 @@ from faic.evaluate import evaluate, features_of, sample_rows
 from faic.intervals import summarize
 from faic.metrics import efficientnet_lite0
 from faic.presets import (
-    ARCHITECTURES,
+    PAPER_MODELS,
     PRESETS,
     components_of,
     day_budget,
@@ -46,7 +46,7 @@ from faic.runs import keep_samples, primary_rows, read_runs
 from faic.selection import phase1_winner, write_winner
 from faic.trainer import train_day
 
-MODELS = tuple(ARCHITECTURES)
+MODELS = PAPER_MODELS
 PRESET = "gpu"
 EVAL_BATCH = dict(cuda=250, cpu=10)  # photographs that are colorized together when they are scored
 SCORED = 1000  # photographs of a split
