@@ -38,7 +38,8 @@ def model_list(value):
     try:
         return comma_list(*ARCHITECTURES)(value)
     except ValueError as e:
-        raise ValueError(f"expected 'paper' or {str(e).removeprefix('expected ')}") from None
+        names = ', '.join(map(repr, ARCHITECTURES))
+        raise ValueError(f"expected 'paper', 'all' or a comma list of {names}") from e
 
 def budget_or_default(value):
     "A check: '' (the preset's own), 'paper' (as much as the paper's day held) or a budget such as '200 steps'."
