@@ -7,7 +7,8 @@ __all__ = ['NOTEBOOKS', 'Commands', 'main', 'study', 'run', 'status', 'budgets',
            'cluster_run']
 
 # %% ../nbs/63_cli.ipynb #859225b7
-import os, time
+import os, sys, tempfile, time
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -93,7 +94,7 @@ def _run_function(name, parameters):
 
 # %% ../nbs/63_cli.ipynb #efc1cc47
 def _run_notebook(name, parameters):
-    from faic.study import run_notebook, study_folder
+    from faic.study import StudyProgress, executed_path, run_chains, run_notebook, study_folder
     rank = int(os.environ.get('RANK', 0))
     known = (parameters.get(k, default) for k, default in (('preset', 'smoke'), ('data', 'embedded'), ('seed', 0)))
     preset, data, seed = known
@@ -102,7 +103,11 @@ def _run_notebook(name, parameters):
         folder = folder/f'process-{rank}'
         folder.mkdir(exist_ok=True)
     bars = os.environ.get('FAIC_PROGRESS')
-    return run_notebook(name, parameters, folder, Path(bars) if bars and rank == 0 else None)
+    if rank or bars or not sys.stderr.isatty():
+        return run_notebook(name, parameters, folder, Path(bars) if bars and rank == 0 else None)
+    with tempfile.TemporaryDirectory() as mirrors, closing(StudyProgress(mirrors, 1, title=name)) as progress:
+        run_chains([[(name, parameters, 1)]], progress, folder)
+    return executed_path(name, parameters, folder)
 
 @main.command()
 @click.argument('notebook', type=click.Choice(NOTEBOOKS))

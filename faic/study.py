@@ -85,14 +85,15 @@ class TaskBar:
 
 # %% ../nbs/60_study.ipynb #d0aa3ba3
 class StudyProgress:
-    "Bars on the terminal: one for the study, and one for each notebook that is running."
+    "Bars on the terminal: one for all notebooks together, and one for each that is running."
     def __init__(self,
         folder:Path, # for the mirrors
         total:float, # sum of all weights
         at_once:int=1, # notebooks that run side by side
+        title:str='study', # of the bar for all
     ):
         self.done, self.shown = 0., 0.
-        self.study = tqdm(total=total, desc='study: ', position=0,
+        self.study = tqdm(total=total, desc=f'{title}: ', position=0,
                           bar_format='{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
         self.tasks = [TaskBar(Path(folder)/f'bars-{i}.json', i + 1) for i in range(at_once)]
 

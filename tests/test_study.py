@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -69,3 +70,18 @@ def test_a_notebook_that_ends_early_has_a_reason(reason, expected):
     end.close()
     with pytest.raises(SystemExit, match=expected):
         _check_finished(SimpleNamespace(name="phase1", process=process, failure=failure))
+
+
+def test_a_single_notebook_shows_its_bar_in_a_terminal(folders):
+    parent, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    command = [sys.executable, "-m", "faic", "run", "phase1", "-p", "budget", "nonsense"]
+    run = subprocess.Popen(command, env=folders, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with suppress(OSError):  # the terminal is closed at the end
+        while chunk := os.read(parent, 4096):
+            shown += chunk
+    os.close(parent)
+    assert run.wait(60) == 1
+    assert all(words in shown for words in (b"phase1:   0%|", b"phase1, starting: ", b"budget = 'nonsense'")), shown
