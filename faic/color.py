@@ -132,6 +132,10 @@ def _luma_rounded(rgb): # 16-bit fixed point, as in Pillow
     R, G, B = _levels(rgb)
     return _to_unit(19595*R.int() + 38470*G.int() + 7471*B.int() + 32768 >> 16, rgb)
 
+def _luma_of_yuv(rgb): # not rounded
+    R, G, B = _levels(rgb)
+    return _to_unit(R*.299 + G*.587 + B*.114, rgb)
+
 def _levels(rgb): # red, green and blue, (B,1,H,W) each, in 0..255
     return (rgb if rgb.dtype == torch.uint8 else (rgb*255).round()).split(1, 1)
 
@@ -139,13 +143,13 @@ def _to_unit(levels, rgb): # 0..255 -> [0,1], in the float dtype of `rgb`
     return levels.to(rgb.dtype if rgb.is_floating_point() else torch.float32)/255
 
 # %% ../nbs/03_color.ipynb #0f0955cb
-GRAYS = {'lab': _lightness, 'coltran': _luma_rounded_down, 'bbdm': _luma_rounded}
+GRAYS = {'lab': _lightness, 'coltran': _luma_rounded_down, 'bbdm': _luma_rounded, 'yuv': _luma_of_yuv}
 GRAY_KINDS = tuple(GRAYS)
 
 def luma(
     rgb:Tensor, # (B,3,H,W), the values of 8-bit pixels: float in [0,1], or uint8
     kind:str, # one of GRAY_KINDS
-)->Tensor: # (B,1,H,W) in [0,1]: L/100, or an integer/255; float32 for uint8
+)->Tensor: # (B,1,H,W) in [0,1]: L/100 or luma/255; float32 for uint8
     "The gray that a model receives, rounded as in its reference implementation."
     if kind not in GRAYS:
         raise ValueError(f'gray kind {kind!r} is unknown; expected one of {GRAY_KINDS}')
