@@ -79,11 +79,12 @@ class AllReduceSum(torch.autograd.Function):
     def forward(ctx, x): return all_reduce_sum(x)
 
     @staticmethod
-    def backward(ctx, gradient): return all_reduce_sum(gradient)
+    def backward(ctx, gradient): return AllReduceSum.apply(gradient) # can be differentiated again
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     "Batch norm by the statistics of the images of all processes; its state dict is that of `nn.BatchNorm2d`."
     counted = True # do this process's images count?
+    biased = False # does the running variance divide by n, as in TensorFlow 1, instead of n - 1?
 
     def forward(self, x:Tensor)->Tensor: # (B,C,H,W), both
         if not self.training:
@@ -97,7 +98,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var*n/(n - 1), self.momentum)
+            self.running_var.lerp_(var if self.biased else var*n/(n - 1), self.momentum)
         scale = self.weight*(var + self.eps).rsqrt()
         return centered*scale[:, None, None] + self.bias[:, None, None]
 
@@ -106,13 +107,13 @@ def convert_sync_batchnorm(net:nn.Module)->list: # of its SyncBatchNorm2d
     "Replace every batch norm inside a network by one over all processes, with the same parameters and buffers."
     for parent in list(net.modules()):
         for name, norm in list(parent.named_children()):
-            if type(norm) is nn.BatchNorm2d:
+            if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, SyncBatchNorm2d):
                 setattr(parent, name, _synchronized(norm))
     return [m for m in net.modules() if isinstance(m, SyncBatchNorm2d)]
 
 def _synchronized(norm): # shares the tensors of the old one, so that an optimizer that has them keeps them
     new = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-    new.weight, new.bias = norm.weight, norm.bias
+    new.weight, new.bias, new.biased = norm.weight, norm.bias, getattr(norm, 'biased', False)
     for name, buffer in norm.named_buffers():
         setattr(new, name, buffer)
     return new.train(norm.training)
