@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from .core import (atomic_write, is_main_process, leave_busy_cores, set_threads, usable_cores, write_bytes,
                        write_json)
 from .distributed import all_reduce_sum, signal_at_parents_death
-from .train import accumulated, settle
+from .train import OPTIMIZER_TENSORS, accumulated, settle
 
 # %% ../nbs/31_resume.ipynb #c3dfc06a
 class TrainingStopped(RuntimeError):
@@ -267,7 +267,7 @@ def require_space(trainer, days:int): # days whose weights are still to be writt
     "Check that the disk has room for the checkpoints (two, and the one being written) and the days to come."
     t = trainer
     weights = sum(v.nbytes for network in t.networks.values() for v in network.state_dict().values())
-    copies = 1 + len(t.ema)//len(t.networks) + (2 if t.options['optimizer'] == 'adam' else 1)
+    copies = 1 + len(t.ema)//len(t.networks) + OPTIMIZER_TENSORS[t.options['optimizer']]
     kept = sum(f.stat().st_size for f in (t.checkpoint, t.previous) if f.exists())
     needed, free = 3*copies*weights - kept + days*weights, shutil.disk_usage(t.run.path).free
     if free < needed:
@@ -310,17 +310,17 @@ def check_losses(trainer):
     if not trainer.pending:
         return
     steps, fractions, losses = zip(*trainer.pending)
-    names = list(losses[0])
-    rows = torch.stack([torch.stack([step[n].float() for n in names]) for step in losses])
-    rows = all_reduce_sum(rows).tolist()
+    numbers = torch.stack([loss.float() for found in losses for loss in found.values()])
+    read = iter(all_reduce_sum(numbers).tolist())
+    rows = [{name: next(read) for name in found} for found in losses] # not every step has every loss
     trainer.pending.clear()
-    for step, fraction, row in zip(steps, fractions, rows):
-        values = dict(zip(names, row))
+    for step, fraction, values in zip(steps, fractions, rows):
         _stop_unless_finite(trainer, step, values)
         _watch_discriminator(trainer, step, fraction, values)
     if trainer.fraction - trainer.logged_at >= .005:
         trainer.logged_at = trainer.fraction
-        means = {n: round(m, 6) for n, m in zip(names, torch.tensor(rows).mean(0).tolist())}
+        by_name = {n: [values[n] for values in rows if n in values] for values in rows for n in values}
+        means = {n: round(torch.tensor(found).mean().item(), 6) for n, found in by_name.items()}
         log_event(trainer, step=trainer.step, fraction=round(trainer.fraction, 5), seconds=round(trainer.seconds, 2),
                   epoch=trainer.step/trainer.epoch_length, **means)
 
