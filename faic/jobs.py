@@ -65,6 +65,7 @@ def study_jobs(
     results = Job('results', 'results', collected, ('inference_time',), 'afterany', gpus=0)
     return [*phase1, *phase2, times, results]
 
+# %% ../nbs/61_jobs.ipynb #3498c4a0
 def _notebook_parameters(notebook, models, preset): # the study's executions of one notebook
     return [parameters for name, parameters, _ in plan(models, preset=preset) if name == notebook]
 
@@ -360,6 +361,7 @@ def _seconds_per_photograph(p, runs): # of an evaluation, which takes all varian
     measured = (find_timing(p['model'], options, runs).evaluated for options in _variant_options(p))
     return next((seconds for seconds in measured if not math.isnan(seconds)), math.nan)
 
+# %% ../nbs/61_jobs.ipynb #f98966a0
 def _find_run(job, t, seed, runs)->Run: # the newest of a training; None where it has none
     p, is_model = job.parameters, t.name == job.parameters['model']
     phase = dict(phase=t.phase) if is_model else dict(phase='component', of=t.phase)
@@ -368,7 +370,7 @@ def _find_run(job, t, seed, runs)->Run: # the newest of a training; None where i
     matching = []
     for run in runs:
         o = run.options
-        same_space = not is_model or _run_stage(o) == _wanted_stage(p)
+        same_space = not is_model or strip_hashes(o.get('first_stage', '')) == _wanted_stage(p)
         same_data = o.get('data', {}).get('name') == data_name(p['data']) and treats_gray(run, p['gray_photographs'])
         if same_space and same_data and o.get('train') in accepted and all(o.get(k) == v for k, v in wanted.items()):
             matching.append(run)
@@ -378,10 +380,7 @@ def _variant_options(p): # phase 2 trains the winner, which may be any variant
     variants = find_architecture(p['model']).variants
     return [model_options(p['model'], p['preset'], variant, *_space(p)) for variant in variants]
 
-def _run_stage(options): # 'own', 'plain' or ''
-    return strip_hashes(options.get('first_stage', ''))
-
-def _wanted_stage(p):
+def _wanted_stage(p): # 'own', 'plain' or ''
     latent, stage = _space(p)
     model = find_architecture(p['model'])
     if not model.latents or (latent or default_latent(p['model'], p['preset'])) == 'none':

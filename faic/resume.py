@@ -6,8 +6,8 @@
 __all__ = ['CHECK_EVERY', 'TrainingStopped', 'lock_run', 'defer_signals', 'save_checkpoint', 'Hashed', 'DamagedCheckpoint',
            'read_checkpoint', 'newest_state', 'describe_checkpoint', 'log_event', 'write_error', 'record_errors',
            'load_checkpoint', 'remove_later', 'continue_from', 'require_space', 'free_space', 'try_to_save',
-           'explain_write_errors', 'check_losses', 'ReadingFailed', 'wrap_read_errors', 'oom_message', 'begin',
-           'choose_threads', 'stop', 'eval_weights', 'load_weights', 'work_done']
+           'explain_write_errors', 'check_losses', 'begin', 'choose_threads', 'stop', 'eval_weights', 'load_weights',
+           'work_done']
 
 # %% ../nbs/31_resume.ipynb #015f7280
 import hashlib, json, math, os, platform, shutil, signal, sys, threading
@@ -123,6 +123,7 @@ def save_checkpoint(trainer):
 def _stateful(trainer): # key in the checkpoint -> {name: object with a state_dict}
     return dict(parts=trainer.networks, optimizers=trainer.optimizers, ema=trainer.ema, plateaus=trainer.plateaus)
 
+# %% ../nbs/31_resume.ipynb #08951ea0
 class Hashed:
     "A binary file that hashes what is written to it, and remembers the error of a failed write."
     def __init__(self, file):
@@ -224,6 +225,7 @@ def _check_shapes(name, optimizer): # torch does not compare them
                 raise ValueError(f'the optimizer of {name} has averages of shape {tuple(value.shape)} '
                                  f'for weights of shape {tuple(p.shape)}')
 
+# %% ../nbs/31_resume.ipynb #b35384a0
 def load_checkpoint(trainer):
     "Return to the state in last.pt."
     t = trainer
@@ -240,6 +242,7 @@ def load_checkpoint(trainer):
         remove_later(t)
     log_event(t, event='resumed', step=t.step, time=_now())
 
+# %% ../nbs/31_resume.ipynb #b35384a1
 def remove_later(trainer):
     "Remove what was written after the checkpoint: lines of the log, except that it was resumed, and partial files."
     log = trainer.run.path/'log.jsonl'
@@ -339,29 +342,6 @@ def _watch_discriminator(trainer, step, fraction, values):
     print(f'step {step}: the mean loss of the discriminator has been under {trainer.collapse.threshold} since '
           f'step {began}: it has won, and the generator learns nothing from it any more.')
 
-# %% ../nbs/31_resume.ipynb #2db787bd
-class ReadingFailed(TrainingStopped):
-    "The next batch could not be read."
-
-def wrap_read_errors(batches): # yields the same batches
-    "Tell errors of reading from errors of training."
-    try:
-        yield from batches
-    except Exception as e:
-        raise ReadingFailed(f'the next photographs cannot be read ({type(e).__name__}: {e}); is their disk still '
-                            'there? The same command continues from here') from e
-
-def oom_message(trainer, error:Exception)->str:
-    "Say what to do when memory runs out."
-    size, twice = trainer.options['batch_size'], 2*trainer.micro_batches
-    if trainer.micro_batches < size:
-        advice = (f'Start again with -p micro_batches {twice}: each batch of {size} then goes through in {twice} '
-                  'pieces, and the step stays the same.')
-    else:
-        advice = 'Each piece of a batch has only one image already: use a smaller preset or a larger device.'
-    return (f'step {trainer.step + 1}: out of memory on {trainer.device}. {advice} '
-            f'Last checkpoint: {describe_checkpoint(trainer)}. ({str(error).splitlines()[0]})')
-
 # %% ../nbs/31_resume.ipynb #09d04930
 def begin(trainer, continues:Path=None): # last.pt of a run that this one continues
     "Resume a run from its checkpoint, or start it; `TrainingStopped` where that is impossible."
@@ -393,6 +373,7 @@ def _start(trainer, done, continues):
     if continues:
         continue_from(trainer, continues)
 
+# %% ../nbs/31_resume.ipynb #09d049a0
 def choose_threads(trainer, new:bool): # new: the run starts, it does not resume
     "Leave busy cores alone in a new run; a resumed run keeps its threads, which decide the last bits of its sums."
     t, cores = trainer, len(usable_cores())
