@@ -114,11 +114,11 @@ def known_model(value):
     return choice(*ARCHITECTURES)(value)
 
 PARAMETERS = dict(
-    model=known_model, models=model_list, preset=choice(*PRESETS), data=string, seed=integer(0), seeds=integer(1), only_seed=seed_or_all,
-    variants=string, budget=budget_or_default, device=string, micro_batches=integer(1, 1024), workers=integer(1, 64),
-    processes=integer(1, 64), tensorboard=boolean, latent=string, first_stage=string, pretrained=string,
-    gray_photographs=choice(*GRAY_PHOTOGRAPHS), photo=string, run=string, out=string, frame=choice('whole', 'square'),
-    images=integer(1), overwrite=boolean,
+    model=known_model, models=model_list, preset=choice(*PRESETS), data=string, seed=integer(0), seeds=integer(1),
+    only_seed=seed_or_all, variants=string, budget=budget_or_default, device=string, micro_batches=integer(1, 1024),
+    workers=integer(1, 64), processes=integer(1, 64), tensorboard=boolean, latent=string, first_stage=string,
+    pretrained=string, gray_photographs=choice(*GRAY_PHOTOGRAPHS), photo=string, run=string, out=string,
+    frame=choice('whole', 'square'), images=integer(1), overwrite=boolean,
 )
 TEXTS = ('budget', *(name for name, check in PARAMETERS.items() if check is string))
 
