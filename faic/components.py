@@ -119,6 +119,8 @@ def make_trainer(
     trainee = make_trainee(o['model'], o['train'], o['seed'], components)
     options = o['train'] | dict(crop=o['train']['side'], seed=o['seed'])
     is_done = (run.path/f'day-{days}.safetensors').exists()
+    if not is_done and hasattr(trainee, 'use_photographs'):
+        trainee.use_photographs(array)
     prepared = None if is_done else cached_latents(trainee, run, photos, phase, device)
     trainer = Trainer(trainee, run, array, rows, Budget.parse(o['budget']), options, days, device, continues=continues,
                       prepared=prepared, **loop_options)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZER_TENSORS', 'RMSpropTF1', 'AdamTF1', 'make_optimizer', 'network_rate', 'clip_weights', 'half_then_linear',
-           'official_linear', 'make_plateau', 'average_in', 'TrainingState', 'learning_rate_factor', 'update_averages',
-           'step_generator', 'Placement', 'batch_images', 'place_batch', 'MicroBatch', 'split_batch', 'take_rows',
-           'out_of_memory', 'accumulated', 'update', 'settle', 'read_later', 'autocast_losses', 'backward_losses',
-           'train_step', 'CollapseDetector']
+           'official_linear', 'step_decay', 'make_plateau', 'average_in', 'TrainingState', 'learning_rate_factor',
+           'update_averages', 'step_generator', 'Placement', 'batch_images', 'place_batch', 'MicroBatch', 'split_batch',
+           'take_rows', 'out_of_memory', 'accumulated', 'update', 'settle', 'read_later', 'autocast_losses',
+           'backward_losses', 'train_step', 'CollapseDetector']
 
 # %% ../nbs/30_train.ipynb #38100fd8
 import math
@@ -64,12 +64,14 @@ OPTIMIZER_TENSORS = dict(adam=2, adam_tf1=2, rmsprop=1, rmsprop_tf1=1) # tensors
 
 def make_optimizer(
     parameters, # of one network
-    options:dict, # 'optimizer' (one of OPTIMIZER_TENSORS), 'lr', and for Adam 'beta1', 'beta2'
+    options:dict, # 'optimizer' (one of OPTIMIZER_TENSORS), 'lr', and for Adam 'beta1', 'beta2', 'weight_decay'
 )->torch.optim.Optimizer:
     "Make the optimizer of one network."
     name, lr = options['optimizer'], options['lr']
     if name == 'adam':
-        return torch.optim.Adam(parameters, lr=lr, betas=(options['beta1'], options['beta2']), fused=True)
+        decay = options.get('weight_decay', 0.) # added to the gradient, as an L2 penalty
+        betas = options['beta1'], options['beta2']
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
     if name == 'adam_tf1':
         return AdamTF1(parameters, lr=lr, betas=(options['beta1'], options['beta2']), fused=True)
     if name == 'rmsprop':
@@ -109,6 +111,14 @@ def official_linear(
 )->float: # factor of the learning rate, 0 to 1
     "Follow the official Pix2Pix schedule (policy 'linear'): the rate used during an epoch."
     return max(0., 1 - max(0, epoch + 1 - n_epochs)/(n_epochs_decay + 1))
+
+def step_decay(
+    fraction:float, # of the budget that is used, 0 to 1
+    share:float, # of the budget between two steps
+    gamma:float, # factor of each step
+)->float: # factor of the learning rate, 0 to 1
+    "Stay constant, and fall by a factor after each share of the budget."
+    return gamma**int(fraction/share)
 
 # %% ../nbs/30_train.ipynb #b1e47356
 def make_plateau(
@@ -196,7 +206,9 @@ def learning_rate_factor(state:TrainingState)->float: # 0 to 1
     if schedule == 'official':
         epoch = state.step//state.epoch_length + 1
         return official_linear(epoch, options['n_epochs'], options['n_epochs_decay'])
-    raise ValueError(f"schedule {schedule!r} is unknown; expected 'half', 'official', 'constant' or 'plateau'")
+    if schedule == 'step':
+        return step_decay(min(1., state.fraction), options['lr_step'], options['lr_gamma'])
+    raise ValueError(f"schedule {schedule!r} is unknown; expected 'half', 'official', 'step', 'constant' or 'plateau'")
 
 # %% ../nbs/30_train.ipynb #028583ce
 def update_averages(state:TrainingState):
