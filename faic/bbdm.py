@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONDITIONINGS', 'ENCODE_BATCH', 'ARCHITECTURE', 'SpatialRescaler', 'Denoiser', 'init_weights', 'gray_to_rgb',
            'LatentSpace', 'BridgeEndpoints', 'latent_rows', 'set_statistics', 'BridgeTrainee', 'BBDM', 'SamplingState',
-           'bbdm_stages', 'bbdm_colorizer', 'make_bbdm', 'sampling_steps_check']
+           'bbdm_stages', 'bbdm_colorizer', 'make_bbdm']
 
 # %% ../nbs/24_bbdm.ipynb #0265d4ba
-import copy, math
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import Architecture, at_least, integer
+from .architecture import Architecture, at_least, sampling_steps_check
 from .bbdm_figure import draw_bbdm
 from .bridge import (Bridge, bridge_target, check_objective, estimate_x0, p_sample, posterior_coefficients,
                          predict_x0, sampling_timesteps)
 from .color import luma
 from .core import randint_sampler, sample_per_image
-from .layers import UNet, norm_groups, trim_channel_mult, upcast_float32
+from .layers import UNet, noise_stream, norm_groups, sampling_network, trim_channel_mult, upcast_float32
 
 # %% ../nbs/24_bbdm.ipynb #cff31a58
 CONDITIONINGS = ('nocond', 'rescaler', 'y')
@@ -305,15 +305,6 @@ class SamplingState:
     context:Tensor # what the network is shown beside x_t, or None
     step:int=0 # how many calls of the network lie behind it
 
-def _sampling_net(model, precision): # in eval mode; bfloat16 weights are a copy
-    if precision == 'float32':
-        return model.net.eval()
-    return copy.deepcopy(model.net).eval().to(torch.bfloat16, memory_format=torch.channels_last)
-
-def _draw_noise(like, generators): # yields (B,C,h,w), each image's from its own generator
-    while True:
-        yield sample_per_image(torch.randn, like.shape, generators).to(like.device)
-
 # %% ../nbs/24_bbdm.ipynb #39107574
 def bbdm_stages(
     model:BBDM, # trained
@@ -323,7 +314,7 @@ def bbdm_stages(
     precision:str='float32', # or 'bfloat16'
 )->dict: # name -> function (gray, state, generators) -> the next state, at last rgb
     "The stages of a colorization, which can be timed apart."
-    net, dtype, times = _sampling_net(model, precision), getattr(torch, precision), _times(model, steps)
+    net, dtype, times = sampling_network(model.net, precision), getattr(torch, precision), _times(model, steps)
     autocast = partial(torch.autocast, dtype=torch.bfloat16, enabled=precision == 'bfloat16')
 
     @torch.no_grad()
@@ -342,7 +333,7 @@ def bbdm_stages(
         x = estimate_x0(denoise, bridge, state.x_t, state.y, t, model.objective, clip)
         if n is not None:
             coefficients = posterior_coefficients(bridge, t, n, eta)
-            x = p_sample(coefficients, x, state.y, state.x_t, _draw_noise(state.y, generators))
+            x = p_sample(coefficients, x, state.y, state.x_t, noise_stream(state.y, generators))
         return replace(state, x_t=x, step=state.step + 1)
 
     @torch.no_grad()
@@ -403,13 +394,6 @@ def _colorizer(trainee, sampling, components):
     return bbdm_colorizer(trainee, sampling['sample_steps'], sampling['eta'], precision=precision)
 
 # %% ../nbs/24_bbdm.ipynb #030ea743
-def sampling_steps_check(value):
-    "A check: 0 for the number of steps in the tables, or 3 to 1000 steps."
-    steps = integer(0, 1000)(value)
-    if steps in (1, 2):
-        raise ValueError('expected 0 (as many as the preset says) or an integer from 3 to 1000')
-    return steps
-
 def _parameters(side, components):
     return dict(sample_steps=sampling_steps_check, eta=at_least(0))
 
