@@ -17,6 +17,7 @@ import torch
 from feature_nets import QuarterColors
 
 from faic.bbdm import BBDM
+from faic.cgan import CGAN
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
 from faic.core import Budget, is_main_process, sample_per_image
 from faic.dataset import load_photos
@@ -58,6 +59,15 @@ def make_bbdm():
     return BBDM(4, 3, 8, 32, (1, 2), 1, groups=8)
 
 
+def make_cgan():
+    return CGAN(SIDE, width=8, critic_width=4, critic_steps=2)
+
+
+def make_cgan_with_penalty():
+    return CGAN(SIDE, width=8, critic_width=4, critic_steps=2, penalty="image", noise_layers=2)
+
+
+TF1 = ADAM | dict(optimizer="rmsprop_tf1", lr=1e-2, lr_factors={"critic": 2.0}, clip_weights={"critic": 0.1})
 TRAINEES = {  # name -> (function that makes it, options)
     "pix2pix": (make_pix2pix, ADAM),
     "coltran": (make_coltran, ADAM | dict(optimizer="rmsprop", ema=dict(decay=0.9, start=0.0, every=1))),
@@ -65,6 +75,8 @@ TRAINEES = {  # name -> (function that makes it, options)
     "coltran_spatial": (make_spatial_upsampler, ADAM),
     "vqgan": (make_vqgan, ADAM | dict(lr=1e-4)),
     "bbdm": (make_bbdm, ADAM | dict(accumulate=2, schedule="plateau", plateau=PLATEAU)),
+    "cgan": (make_cgan, TF1),
+    "cgan_penalty": (make_cgan_with_penalty, ADAM | dict(optimizer="adam_tf1")),
 }
 
 
