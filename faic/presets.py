@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from .architecture import Architecture
 from .bbdm import ARCHITECTURE as BBDM
+from .cgan import ARCHITECTURE as CGAN
 from .classifier import ARCHITECTURE as CLASSIFIER
 from .coltran_checkpoints import ARCHITECTURE as COLTRAN
 from .core import Budget, has_bfloat16, pick_device
@@ -22,7 +23,7 @@ from .paper import PAPER_FID, PAPER_WINNER, PAPER_WORK
 from .pix2pix import ARCHITECTURE as PIX2PIX
 
 # %% ../nbs/41_presets.ipynb #a075c95c
-ARCHITECTURES = {a.name: a for a in (PIX2PIX, COLTRAN, BBDM, CLASSIFIER)}
+ARCHITECTURES = {a.name: a for a in (PIX2PIX, COLTRAN, BBDM, CLASSIFIER, CGAN)}
 PAPER_MODELS = tuple(PAPER_FID) # the study's own; it takes the others where it is asked to
 
 def find_architecture(
@@ -93,6 +94,10 @@ def _each_vqgan(phase1, phase2=None): # the same budgets for every first stage
 def _small_classifier(width, batch_size, lr): # it has 256 answers to a photograph, the published crop 1936
     return {'classifier': dict(side=64, load_side=72, width=width, batch_size=batch_size, lr=lr, weight_decay=1.3e-4)}
 
+# %% ../nbs/41_presets.ipynb #6ca60e98
+def _small_cgan(width, critic_width, batch_size, lr):
+    return {'cgan': dict(width=width, critic_width=critic_width, batch_size=batch_size, lr=lr)}
+
 # %% ../nbs/41_presets.ipynb #69adf44b
 PRESETS = {
     'smoke': Preset(
@@ -103,6 +108,7 @@ PRESETS = {
         further=(dict(model='bbdm', first_stage='plain'),),
         changes={'pix2pix': dict(side=64, load_side=72, width=16)}
                 | _small_classifier(16, 8, 1e-3)
+                | _small_cgan(16, 16, 4, 1e-3)
                 | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25,
@@ -117,6 +123,7 @@ PRESETS = {
         precision='bfloat16',
         changes={'pix2pix': dict(side=64, load_side=72, width=32)}
                 | _small_classifier(32, 8, 3e-4)
+                | _small_cgan(32, 32, 8, 1e-3)
                 | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32,
@@ -131,6 +138,7 @@ PRESETS = {
         precision='bfloat16',
         changes={'pix2pix': dict(side=64, load_side=72, width=256, batch_size=32)}
                 | _small_classifier(176, 32, 3e-4)
+                | _small_cgan(512, 256, 32, 1e-4)
                 | _small_coltran(.99, _narrow(256, 32), _narrow(128, 32))
                 | _small_bbdm(.99, dict(channels=96, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=32, lr=3e-4),
                               dict(batch_size=16, lr=2e-4, codebook='data'))),
@@ -140,7 +148,7 @@ PRESETS = {
                     'coltran_spatial': ('200000 steps', '300000 steps')}
                    | _each_vqgan('300000 steps'),
         further=(dict(model='bbdm', first_stage='plain'),),
-        changes={}),
+        changes={'cgan': dict(side=256, load_side=256)}), # published at 64; all models of a preset share one side
 }
 DAYS = 5 # of phase 2
 
