@@ -55,7 +55,7 @@ def page_budgets(
 )->dict: # (phase, model) -> budget of its runs
     "The budgets that the runs of a page must have."
     budgets = {}
-    for model in ARCHITECTURES:
+    for model in PAPER_MODELS if budget == 'paper' else ARCHITECTURES: # the paper's days held no other model
         days = day_budget(preset, budget, model, 'phase2')*DAYS
         budgets |= {('phase1', model): str(day_budget(preset, budget, model, 'phase1')),
                     ('phase2', model): str(days), ('steps', model): str(days)}
