@@ -119,10 +119,9 @@ def test_its_own_parameters_are_checked(photographs, toy):
         run_phase2("colrtan", data=str(photographs), **TINY)
 
 
-OWN = ("pix2pix", "coltran", "bbdm", "cgan", "vqgan", "presets", "paper", "coltran_sampler", "coltran_checkpoints")
-COMPARISON = re.compile(
-    r"""[!=]=\s*['"](pix2pix|coltran\w*|bbdm|cgan|vqgan\w*)['"]|['"](pix2pix|coltran\w*|bbdm|cgan)['"]\s*(==|in\b)"""
-)
+OWN = {name.replace("-", "_") for name in ARCHITECTURES} | {"vqgan", "presets", "paper", "coltran_sampler"}
+NAMES = rf"{'|'.join(ARCHITECTURES)}|coltran_\w+"
+COMPARISON = re.compile(rf"""[!=]=\s*['"]({NAMES}|vqgan\w*)['"]|['"]({NAMES})['"]\s*(==|in\b)""")
 
 
 def test_no_code_asks_for_an_architecture_by_name():

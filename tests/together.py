@@ -18,6 +18,7 @@ from feature_nets import QuarterColors
 
 from faic.bbdm import BBDM
 from faic.cgan import CGAN
+from faic.classifier import Classifier
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
 from faic.core import Budget, is_main_process, sample_per_image
 from faic.dataset import load_photos
@@ -68,6 +69,12 @@ def make_cgan_with_penalty():
 
 
 TF1 = ADAM | dict(optimizer="rmsprop_tf1", lr=1e-2, lr_factors={"critic": 2.0}, clip_weights={"critic": 0.1})
+def make_classifier():
+    model = Classifier(width=4, train_crop=24)
+    model.use_photographs(np.random.default_rng(0).integers(0, 256, (PHOTOGRAPHS, SIDE, SIDE, 3), dtype=np.uint8))
+    return model
+
+
 TRAINEES = {  # name -> (function that makes it, options)
     "pix2pix": (make_pix2pix, ADAM),
     "coltran": (make_coltran, ADAM | dict(optimizer="rmsprop", ema=dict(decay=0.9, start=0.0, every=1))),
@@ -77,6 +84,7 @@ TRAINEES = {  # name -> (function that makes it, options)
     "bbdm": (make_bbdm, ADAM | dict(accumulate=2, schedule="plateau", plateau=PLATEAU)),
     "cgan": (make_cgan, TF1),
     "cgan_penalty": (make_cgan_with_penalty, ADAM | dict(optimizer="adam_tf1")),
+    "classifier": (make_classifier, ADAM | dict(weight_decay=1e-3, schedule="step", lr_step=0.4, lr_gamma=0.3)),
 }
 
 
