@@ -265,7 +265,8 @@ def figure_steps(selection:RunSelection):# -> matplotlib Figure
     return fig
 
 def _steps_curve(ax, rows, column, name, color, title): # -> the rows that the curve goes through
-    rows = rows[rows['lightness'] == 'model'].dropna(subset='sample_steps')
+    rows = rows.dropna(subset='sample_steps')
+    rows = rows[rows['lightness'] == rows['lightness'].min()] # 'model', or 'photograph' where the model keeps it
     ax.plot(rows['sample_steps'], rows[column], color=color, marker='o', label=name)
     _draw_band(ax, rows['sample_steps'], rows, column, color)
     ax.set(xscale='log', xlabel='sampling steps', title=title, xticks=rows['sample_steps'],

@@ -249,10 +249,10 @@ def score_steps(
     "Score a diffusion model by its number of sampling steps; what was scored before is kept."
     weights = timed.run
     space = {k: weights.options[k] for k in ('latent', 'first_stage', 'budget', 'data') if k in weights.options}
+    fixed = {k: v for k, v in timed.sampling.items() if k not in ('sample_steps', 'precision')}
     options = dict(phase='steps', model=timed.model, preset=parameters.preset, seed=parameters.seed,
-                   weights=weights.path.name, day=last_day(weights)[0], eta=timed.sampling['eta'],
-                   images=len(photos.splits['validation']),
-                   device=str(device), **space)
+                   weights=weights.path.name, day=last_day(weights)[0], images=len(photos.splits['validation']),
+                   device=str(device), **fixed, **space)
     run = open_run(options, device, **data_notes(photos))
     seed, trainee = parameters.seed, timed.trainee
     if run.metrics().empty:

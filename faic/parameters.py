@@ -228,6 +228,6 @@ def resolve_sampling(
     "A model's sampling, changed by a notebook's parameters; the parameters of other models are ignored."
     sampling = default_sampling(model, preset or parameters.preset)
     for name, value in vars(parameters).items():
-        if name in sampling and (name, value) != ('sample_steps', 0):
+        if name in sampling and value != '' and (name, value) != ('sample_steps', 0):
             sampling[name] = value
     return sampling

@@ -19,11 +19,13 @@ from .classifier import ARCHITECTURE as CLASSIFIER
 from .coltran_checkpoints import ARCHITECTURE as COLTRAN
 from .core import Budget, has_bfloat16, pick_device
 from .first_stages import VQGANS, first_stage_name
+from .palette import ARCHITECTURE as PALETTE
+from .palette import MODERN as PALETTE_MODERN
 from .paper import PAPER_FID, PAPER_WINNER, PAPER_WORK
 from .pix2pix import ARCHITECTURE as PIX2PIX
 
 # %% ../nbs/41_presets.ipynb #a075c95c
-ARCHITECTURES = {a.name: a for a in (PIX2PIX, COLTRAN, BBDM, CLASSIFIER, CGAN)}
+ARCHITECTURES = {a.name: a for a in (PIX2PIX, COLTRAN, BBDM, CLASSIFIER, CGAN, PALETTE, PALETTE_MODERN)}
 PAPER_MODELS = tuple(PAPER_FID) # the study's own; it takes the others where it is asked to
 
 def find_architecture(
@@ -98,17 +100,28 @@ def _small_classifier(width, batch_size, lr): # it has 256 answers to a photogra
 def _small_cgan(width, critic_width, batch_size, lr):
     return {'cgan': dict(width=width, critic_width=critic_width, batch_size=batch_size, lr=lr)}
 
+# %% ../nbs/41_presets.ipynb #25a41001
+def _small_palette(decay, **cost): # what a small preset changes in both editions of Palette
+    unet = dict(channel_mult=[1, 2, 4], num_res_blocks=1) | cost
+    shared = dict(side=64, load_side=64, lr=3e-4, ema=dict(decay=decay, start=.05, every=1)) | unet
+    return {'palette': shared, 'palette-modern': shared}
+
+def _palette_sampling(steps):
+    shared = dict(sampler='ddim', sample_steps=steps, noise_levels='karras')
+    return {'palette': shared, 'palette-modern': shared}
+
 # %% ../nbs/41_presets.ipynb #69adf44b
 PRESETS = {
     'smoke': Preset(
         budget='60 steps',
         components={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')}
                    | _each_vqgan('50 steps'),
-        sampling={'bbdm': dict(sample_steps=10)},
+        sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(10),
         further=(dict(model='bbdm', first_stage='plain'),),
         changes={'pix2pix': dict(side=64, load_side=72, width=16)}
                 | _small_classifier(16, 8, 1e-3)
                 | _small_cgan(16, 16, 4, 1e-3)
+                | _small_palette(.9, channels=32, groups=8, batch_size=4)
                 | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25,
@@ -116,7 +129,7 @@ PRESETS = {
     'laptop': Preset(
         budget='0.1 hours',
         components={'coltran_color': ('0.05 hours', '0.05 hours')} | _each_vqgan('0.1 hours', '0.15 hours'),
-        sampling={'bbdm': dict(sample_steps=10)},
+        sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(10),
         latents={'bbdm': 'none'},
         further=(dict(model='bbdm', latent='f4'),),
         scored=500,
@@ -124,6 +137,7 @@ PRESETS = {
         changes={'pix2pix': dict(side=64, load_side=72, width=32)}
                 | _small_classifier(32, 8, 3e-4)
                 | _small_cgan(32, 32, 8, 1e-3)
+                | _small_palette(.99, channels=32, groups=8, batch_size=8)
                 | _small_coltran(.99, _narrow(32, 2, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.99, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, lr=3e-4),
                               dict(ch=16, num_res_blocks=1, n_embed=1024, codebook='data', disc_width=32,
@@ -131,7 +145,7 @@ PRESETS = {
     'gpu': Preset(
         budget='0.0056 hours',
         components={'coltran_color': ('0.003 hours', '0.003 hours')} | _each_vqgan('0.01 hours'),
-        sampling={'bbdm': dict(sample_steps=20)},
+        sampling={'bbdm': dict(sample_steps=20)} | _palette_sampling(20),
         latents={'bbdm': 'none'},
         further=(dict(model='bbdm', latent='f4'), dict(model='bbdm', latent='f4', first_stage='plain')),
         scored=1000,
@@ -139,6 +153,7 @@ PRESETS = {
         changes={'pix2pix': dict(side=64, load_side=72, width=256, batch_size=32)}
                 | _small_classifier(176, 32, 3e-4)
                 | _small_cgan(512, 256, 32, 1e-4)
+                | _small_palette(.99, channels=96, groups=24, batch_size=32)
                 | _small_coltran(.99, _narrow(256, 32), _narrow(128, 32))
                 | _small_bbdm(.99, dict(channels=96, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=32, lr=3e-4),
                               dict(batch_size=16, lr=2e-4, codebook='data'))),

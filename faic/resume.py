@@ -406,8 +406,9 @@ def stop(trainer, signals:list): # that were deferred; raises KeyboardInterrupt,
 
 # %% ../nbs/31_resume.ipynb #aaa50908
 def eval_weights(trainer, name:str, network):
-    "Return the network that is evaluated: the average of its weights where there is one."
-    return trainer.ema[name].module if trainer.ema else network
+    "Return the network that is evaluated: its average, unless there is none or `eval_weights` is 'network'."
+    averaged = trainer.ema and trainer.options.get('eval_weights') != 'network'
+    return trainer.ema[name].module if averaged else network
 
 def load_weights(
     trainee, # its networks get the weights

@@ -170,13 +170,18 @@ def sizes_table(
 # %% ../nbs/53_time_tables.ipynb #d2cb10c3
 def _steps_entries(name, run): # of Entry, the most steps first and the gray image last
     rows = run.metrics().sort_values('sample_steps', ascending=False, kind='stable')
+    generated = (rows['lightness'] == 'model').any() # else the model keeps the photograph's lightness
     for row in rows.to_dict('records'):
         if np.isnan(row['sample_steps']):
             yield Entry(BASELINES['gray'], row, 'baseline')
-        elif row['lightness'] == 'photograph':
+        elif generated and row['lightness'] == 'photograph':
             yield Entry(f"{name}, {row['sample_steps']:.0f} steps", row, primary=False, other_lightness='photograph')
         else:
             yield Entry(f"{name}, {row['sample_steps']:.0f} steps", row)
+
+def _fixed_sampling(options): # ', eta = 1': what a run that scored numbers of steps did not change
+    fixed = {n: options[n] for n in ARCHITECTURES[options['model']].sampling if n in options}
+    return ''.join(f', {n} = {v:g}' if isinstance(v, float) else f', {n} = {v}' for n, v in fixed.items())
 
 def sampled_in_steps()->list: # keys of models
     "The models whose sampling has a number of steps to choose."
@@ -188,7 +193,7 @@ def steps_table(selection:RunSelection)->Table:
     runs, network_name, entries, notes = steps_runs(selection), selection_network(selection), {}, []
     for name, run in runs.items():
         options = run.options
-        notes.append(f"{name}: {options['weights']}, day {options['day']}, eta = {options['eta']:g}.")
+        notes.append(f"{name}: {options['weights']}, day {options['day']}{_fixed_sampling(options)}.")
         for entry in _steps_entries(name, run): # the runs share one gray image
             entries.setdefault(entry.title, entry)
     if not entries:

@@ -208,7 +208,10 @@ def learning_rate_factor(state:TrainingState)->float: # 0 to 1
         return official_linear(epoch, options['n_epochs'], options['n_epochs_decay'])
     if schedule == 'step':
         return step_decay(min(1., state.fraction), options['lr_step'], options['lr_gamma'])
-    raise ValueError(f"schedule {schedule!r} is unknown; expected 'half', 'official', 'step', 'constant' or 'plateau'")
+    if schedule == 'warmup':
+        return min(1., state.fraction/options['warmup']) # the share of the budget in which the rate rises
+    raise ValueError(f"schedule {schedule!r} is unknown; expected 'half', 'official', 'step', 'warmup', 'constant' or "
+                     "'plateau'")
 
 # %% ../nbs/30_train.ipynb #028583ce
 def update_averages(state:TrainingState):

@@ -24,6 +24,7 @@ from faic.core import Budget, is_main_process, sample_per_image
 from faic.dataset import load_photos
 from faic.distributed import all_reduce_sum, init_distributed
 from faic.evaluate import evaluate
+from faic.palette import Palette
 from faic.pix2pix import Pix2Pix
 from faic.runs import Run
 from faic.train import train_step
@@ -60,6 +61,15 @@ def make_bbdm():
     return BBDM(4, 3, 8, 32, (1, 2), 1, groups=8)
 
 
+def make_palette():
+    return Palette(SIDE, 16, (1, 2), 1, head_channels=16, groups=4)
+
+
+def make_palette_modern():
+    changes = dict(target="chroma", chroma_scale=4.0, objective="v", min_snr=5.0, init="zero")
+    return Palette(SIDE, 16, (1, 2), 1, head_channels=16, groups=4, **changes)
+
+
 def make_cgan():
     return CGAN(SIDE, width=8, critic_width=4, critic_steps=2)
 
@@ -82,6 +92,8 @@ TRAINEES = {  # name -> (function that makes it, options)
     "coltran_spatial": (make_spatial_upsampler, ADAM),
     "vqgan": (make_vqgan, ADAM | dict(lr=1e-4)),
     "bbdm": (make_bbdm, ADAM | dict(accumulate=2, schedule="plateau", plateau=PLATEAU)),
+    "palette": (make_palette, ADAM | dict(lr=1e-4, schedule="warmup", warmup=0.2)),
+    "palette_modern": (make_palette_modern, ADAM | dict(ema=dict(decay=0.9, start=1, every=1))),
     "cgan": (make_cgan, TF1),
     "cgan_penalty": (make_cgan_with_penalty, ADAM | dict(optimizer="adam_tf1")),
     "classifier": (make_classifier, ADAM | dict(weight_decay=1e-3, schedule="step", lr_step=0.4, lr_gamma=0.3)),

@@ -1,12 +1,14 @@
 """What a network learns in a given time or number of steps: trained on phase 1's photographs, scored on validation.
 
     python tests/trials/learning.py FOLDER [--preset laptop] [--minutes 6 | --steps 1500] [--out learning.csv]
-        pix2pix 'coltran:dim=64;ff=64' 'bbdm:channels=48;precision=float32' ...
+        pix2pix 'coltran:dim=64;ff=64' 'bbdm:channels=48;precision=float32' 'palette:objective=v;sampler=heun' ...
 
-Each item is a model with changed options. A line states the photographs seen, FID, chroma error and colorfulness; the
-same rows go into the CSV file. Runs lie in FAIC_RUNS; an item whose run is there already is not trained again. All
-items share ColTran's color upsampler, which is the preset's. `--scored` sets how many validation photographs are
-colorized.
+Each item is a model with changed options, of its training or of its sampling. A line states the photographs seen, FID,
+chroma error and colorfulness; the same rows go into the CSV file, with the 95 % intervals (' low' and ' high') of FID
+and of the scores. A model that generates the lightness is scored with the photograph's lightness, too: its row of that
+kind says so under `lightness`. Runs lie in FAIC_RUNS. An item whose run is there already is not trained again, and
+items that differ in their sampling alone share a run. All items share ColTran's color upsampler, which is the
+preset's. `--scored` sets how many validation photographs are colorized.
 """
 
 import argparse
@@ -24,11 +26,12 @@ from faic.core import Budget
 from faic.days import evaluate_day
 from faic.evaluate import sample_rows
 from faic.metrics import column_name, efficientnet_lite0
-from faic.presets import PRESETS, default_sampling, model_options
+from faic.presets import PRESETS, default_sampling, describe_sampling, model_options
 from faic.runs import open_run
 from faic.trainer import train_day
 
 COLUMNS = ("PSNR", "chroma error", "colorfulness")
+OPTIONAL = {"precision", "accumulate", "warmup", "weight_decay", "clip_weights", "lr_factors"}  # not in all options
 
 
 def item(text):
@@ -38,9 +41,31 @@ def item(text):
     return model, {k: option_value(v) for k, v in pairs}
 
 
+def split_changes(model, changes, preset):
+    """(options, sampling) of a model with its changes; a name that neither has is a mistake."""
+    options, sampling = model_options(model, preset), default_sampling(model, preset)
+    unknown = sorted(changes.keys() - options.keys() - sampling.keys() - OPTIONAL)
+    if unknown:
+        known = ", ".join(sorted(options.keys() | sampling.keys() | OPTIONAL))
+        raise SystemExit(f"{model} has no option {', '.join(unknown)}; expected some of {known}")
+    sampled = {k: v for k, v in changes.items() if k in sampling}
+    trained = {k: v for k, v in changes.items() if k not in sampling or k == "precision"}
+    return options | trained, sampling | sampled
+
+
+def scores_of(metrics, network_name):
+    """The scores of a row of metrics, with their intervals."""
+    columns = {"FID": column_name("FID", network_name)} | {name: name for name in COLUMNS}
+    found = {}
+    for name, column in columns.items():
+        for ending in ("", " low", " high"):
+            found[name + ending] = round(float(metrics[column + ending]), 2)
+    return found
+
+
 def train_and_score(model, changes, args, photos, feature_net, device):
-    """A row: what was trained, on how many photographs, and its scores."""
-    options, sampling = model_options(model, args.preset) | changes, default_sampling(model, args.preset)
+    """Rows, one a lightness: what was trained, on how many photographs, and its scores."""
+    options, sampling = split_changes(model, changes, args.preset)
     budget = Budget(args.steps, "steps") if args.steps else Budget(args.minutes / 60, "hours")
     names = dict(phase="phase1", model=model, variant="trial", preset=args.preset, seed=args.seed)
     run = open_run(names | dict(data=data_options(photos, "phase1"), budget=str(budget), train=options), device)
@@ -51,11 +76,27 @@ def train_and_score(model, changes, args, photos, feature_net, device):
     weights = train_day(make_trainer(run, photos, "phase1", 1, device, components=components), 1)
     wall = time.monotonic() - began
     evaluate_day(run, 1, weights, photos, feature_net, sampling, device, components)
-    scores = run.metrics().iloc[0]
-    row = dict(model=model, changes=json.dumps(changes), steps=int(scores["step"]), batch=options["batch_size"])
-    row |= dict(photographs=row["steps"] * row["batch"], training_seconds=round(float(scores["training_seconds"]), 1))
-    row |= dict(wall=round(wall, 1), FID=round(float(scores[column_name("FID", feature_net.network_name)]), 1))
-    return row | {name: round(float(scores[name]), 2) for name in COLUMNS}
+    metrics = run.metrics()
+    if "sampling" in metrics:
+        metrics = metrics[metrics["sampling"] == describe_sampling(sampling)]
+    rows = []
+    for scores in metrics.to_dict("records"):
+        row = dict(model=model, changes=json.dumps(changes), lightness=scores["lightness"], steps=int(scores["step"]))
+        row |= dict(batch=options["batch_size"], photographs=row["steps"] * options["batch_size"])
+        row |= dict(training_seconds=round(float(scores["training_seconds"]), 1), wall=round(wall, 1))
+        rows.append(row | scores_of(scores, feature_net.network_name))
+    return rows
+
+
+def line(row):
+    """A row as text, intervals in brackets."""
+    text = []
+    for name, value in row.items():
+        if f"{name} low" in row:
+            value = f"{value} [{row[f'{name} low']}, {row[f'{name} high']}]"
+        if not name.endswith((" low", " high")):
+            text.append(f"{name} {value}")
+    return ", ".join(text)
 
 
 def main(words=None):
@@ -75,9 +116,9 @@ def main(words=None):
     fewer = {split: r[sample_rows(len(r), args.scored)] for split, r in rows.items()}
     photos = replace(photos, splits=photos.splits | fewer)
     for model, changes in args.items:
-        row = train_and_score(model, changes, args, photos, feature_net, device)
-        print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        pd.DataFrame([row]).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
+        rows = train_and_score(model, changes, args, photos, feature_net, device)
+        print("\n".join(map(line, rows)), flush=True)
+        pd.DataFrame(rows).to_csv(args.out, mode="a", header=not args.out.exists(), index=False)
 
 
 if __name__ == "__main__":
