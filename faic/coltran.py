@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .axial import EPS, Block, ConditioningConfig, Encoder, Positions
 from .color import luma
-from .coltran_figure import figure1
+from .network_figures import figure1
 from .core import randint_sampler, sample_per_image
 from .head_loss import bits_per_symbol, head_bits
 

@@ -22,7 +22,7 @@ from .architecture import Architecture, Component, PublishedWeights, at_least, c
 from .axial import ConditionalNorm, ConditioningConfig
 from .checkpoints import check_tensors
 from .coltran import ColTran, ColTranColor, ColTranSpatial, Colorizer, Upsampler
-from .coltran_figure import draw_coltran
+from .network_figures import draw_coltran
 from .coltran_sampler import coltran_colorizer
 from .core import short_hash
 from .tf_checkpoints import read_tensor, select_ema_variables, tensor_places
