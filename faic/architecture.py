@@ -20,6 +20,7 @@ class Component:
     paper:dict # published options of data, network and training
     make:Callable # (options, seed, components) -> trainee
     measure:str='bits' # how it is scored: 'bits' per value, or 'reconstruction' of the photographs
+    base:str='' # the component that it is trained on, e.g. 'vqgan_f4'; '': none
 
 # %% ../nbs/14_architecture.ipynb #ad6bba26
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Architecture:
     variants:dict=field(default_factory=lambda: dict(default={})) # of phase 1: name -> the options that it changes
     sampling:dict=field(default_factory=dict) # what changes answers but not weights: name -> default
     parameters:Callable=no_parameters # (side, components) -> {name: check} of its own notebook parameters
-    components:tuple=() # of Component, trained before it
-    latents:dict=field(default_factory=dict) # space ('none': pixels, 'f4', ...) -> options; {}: pixels only
+    components:tuple=() # of Component, trained before it where it works on pixels
+    latents:dict=field(default_factory=dict) # space ('none': pixels, 'f4', ...) -> options, published first; {}: pixels
     external_latents:dict=field(default_factory=dict) # further options where the first stage comes from a file
     published:PublishedWeights=None # weights that others have trained
     drawings:dict=field(default_factory=dict) # file name -> function of a `Sizes` that draws a figure of the networks

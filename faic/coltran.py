@@ -109,16 +109,18 @@ class Colorizer(nn.Module):
         conditions:ConditioningConfig=ConditioningConfig(),
         skip:bool=True, # add the contexts to the decoders' inputs
         aux:bool=True, # the parallel head (official stage 'encoder_decoder')
+        symbols:int=512, # that it draws from
+        grays:int=256, # levels of gray that it knows
     ):
         super().__init__()
         if inner_layers < 1:
             raise ValueError(f'inner_layers must be 1 or more, got {inner_layers}')
         self.skip = skip
         size = height, width, dim, heads, ff
-        self.gray, self.gray_bias = nn.Embedding(256, dim), nn.Parameter(torch.zeros(dim))
+        self.gray, self.gray_bias = nn.Embedding(grays, dim), nn.Parameter(torch.zeros(dim))
         self.encoder = Encoder(height, width, dim, encoder_heads or heads, encoder_ff or ff, encoder_layers)
-        self.aux = nn.Linear(dim, 512, bias=False) if aux else None
-        self.pixel = nn.Embedding(512, dim)
+        self.aux = nn.Linear(dim, symbols, bias=False) if aux else None
+        self.pixel = nn.Embedding(symbols, dim)
         self.outer_positions, self.inner_positions = Positions(height, width, dim), Positions(height, width, dim)
         self.outer, self.inner = nn.ModuleList(), nn.ModuleList()
         for _ in range(outer_layers):
@@ -126,10 +128,10 @@ class Colorizer(nn.Module):
             self.outer.append(Block('column', *size, causal=True, context=dim, conditions=conditions))
         for _ in range(inner_layers):
             self.inner.append(Block('row', *size, causal=True, context=2*dim, conditions=conditions))
-        self.norm, self.head = nn.LayerNorm(dim, eps=EPS), nn.Linear(dim, 512)
+        self.norm, self.head = nn.LayerNorm(dim, eps=EPS), nn.Linear(dim, symbols)
 
     def encode(self,
-        gray:Tensor, # (B,H,W) long, 0 to 255
+        gray:Tensor, # (B,H,W) long, 0 to 255 (below `grays`)
     )->Tensor: # z: (B,H,W,D)
         "The context: what the decoders know of the gray photograph."
         _check_size('colorizer', gray, self.encoder.positions)
@@ -174,7 +176,7 @@ class Colorizer(nn.Module):
         above = self.outer_decode(e, z)
         return dict(above=above, inner=self.inner_decode(e, above, z, [b.norm_terms(z, norm) for b in self.inner]))
 
-    def forward(self, z:Tensor, symbols:Tensor, norm:str='image')->dict: # see decode; with logits (B,H,W,512)
+    def forward(self, z:Tensor, symbols:Tensor, norm:str='image')->dict: # see decode; with logits (B,H,W,symbols)
         "Teacher forcing: the logits of every pixel, given the true pixels before it."
         answers = self.decode(z, symbols, norm)
         return answers | dict(logits=self.head(self.norm(answers['inner'])))
@@ -309,11 +311,18 @@ class ColTran:
     ):
         "Yield ('net', bits per pixel, the weighted sum of both heads)."
         low = resize_area(_levels(batch['rgb']), self.low, self.low)
-        labels, z = rgb_to_bins(low), self.net.encode(_gray_levels(low))
+        yield 'net', self.bits(_gray_levels(low), rgb_to_bins(low))
+
+    def bits(self,
+        gray:Tensor, # (B,h,w) long
+        labels:Tensor, # (B,h,w) long: the symbols
+    )->Tensor: # scalar
+        "The loss of drawing these symbols for this gray picture."
+        z = self.net.encode(gray)
         inner = self.net.norm(self.net.decode(z, labels)['inner'])
         auto, aux = head_bits(inner, self.net.head, labels), head_bits(z, self.net.aux, labels)
         self.terms = dict(auto=auto.detach(), aux=aux.detach())
-        yield 'net', self.auto_weight*auto + self.aux_weight*aux
+        return self.auto_weight*auto + self.aux_weight*aux
 
 # %% ../nbs/21_coltran.ipynb #a98b0ad2
 def _one_channel(pixels, channel): # (B,3,H,W) long, (B,) to (B,H,W)

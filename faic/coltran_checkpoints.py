@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_FOLDERS', 'COLOR', 'SPATIAL', 'ARCHITECTURE', 'renumber_layers', 'Mapping', 'official_layout',
            'official_state', 'load_coltran', 'official_colorizer', 'official_upsampler', 'official_folders',
-           'official_networks', 'official_name', 'external_checkpoints', 'make_coltran', 'make_color_upsampler',
-           'make_spatial_upsampler']
+           'official_networks', 'official_name', 'external_checkpoints']
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #c2d73201
 import hashlib, re
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from .architecture import Architecture, Component, PublishedWeights, at_least, choice, string
 from .axial import ConditionalNorm, ConditioningConfig
 from .checkpoints import check_tensors
-from .coltran import ColTran, ColTranColor, ColTranSpatial, Colorizer, Upsampler
-from .network_figures import draw_coltran
-from .coltran_sampler import coltran_colorizer
+from .coltran import Colorizer, Upsampler
+from .coltran_latents import coltran_of_run, make_color_upsampler, make_coltran, make_spatial_upsampler
 from .core import short_hash
+from .latents import SPACES
+from .network_figures import draw_coltran
 from .tf_checkpoints import read_tensor, select_ema_variables, tensor_places
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #96b8c594
@@ -389,32 +389,6 @@ def external_checkpoints(
         return value
     return check
 
-# %% ../nbs/36_coltran_checkpoints.ipynb #267dcec3
-def _shared_sizes(options):
-    return [options[n] for n in ('side', 'dim', 'heads', 'ff')]
-
-def make_coltran(
-    options:dict, # of a run
-    seed:int=0, # of the initial weights
-    components:dict={}, # unused: ColTran samples with them and trains without
-)->ColTran:
-    "A colorizer from the options of a run."
-    own = [options[n] for n in ('encoder_layers', 'outer_layers', 'inner_layers', 'auto_weight', 'aux_weight')]
-    return ColTran(*_shared_sizes(options), *own, seed, options.get('low'))
-
-def make_color_upsampler(options:dict, seed:int=0, components:dict={})->ColTranColor:
-    "A color upsampler from the options of a run."
-    return ColTranColor(*_shared_sizes(options), options['layers'], seed, options.get('low'))
-
-def make_spatial_upsampler(options:dict, seed:int=0, components:dict={})->ColTranSpatial:
-    "A spatial upsampler from the options of a run."
-    return ColTranSpatial(*_shared_sizes(options), options['layers'], seed)
-
-def _sampler(trainee, sampling, components):
-    upsamplers = components['coltran_color'], components.get('coltran_spatial')
-    return coltran_colorizer(trainee.net, *upsamplers, sampling['temperature'], sampling['norm'],
-                             sampling.get('precision', 'float32'))
-
 # %% ../nbs/36_coltran_checkpoints.ipynb #d61d07fa
 def _parameters(side, components):
     return dict(temperature=at_least(0), norm=choice('row', 'image'),
@@ -440,10 +414,12 @@ ARCHITECTURE = Architecture(
         'adam': dict(optimizer='adam', beta1=.9, beta2=.999), 'mix-0.9': dict(auto_weight=.9, aux_weight=.1),
     },
     make=make_coltran,
-    colorizer=_sampler,
+    colorizer=coltran_of_run,
     sampling=dict(temperature=1., norm='row', upsamplers='own'),
     parameters=_parameters,
     components=(COLOR, SPATIAL),
+    latents={'none': {}} | {name: space | dict(codes=None) for name, space in SPACES.items()},
+    external_latents=dict(codes=None), # as many as the file has
     published=PublishedWeights('upsamplers', official_folders, official_networks, official_name),
     drawings=dict(figure1=draw_coltran),
 )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIXELS_AT_A_TIME', 'gumbel_noise', 'gumbel_argmax', 'sample_naive', 'sampling_cost', 'RowBuffers', 'sample_row',
-           'prepare_row', 'outer_decode_row', 'make_cached_sampler', 'upsample', 'SamplerOptions', 'coltran_stages',
-           'coltran_colorizer']
+           'prepare_row', 'outer_decode_row', 'make_cached_sampler', 'upsample', 'SamplerOptions', 'BatchSampler',
+           'coltran_stages', 'coltran_colorizer']
 
 # %% ../nbs/22_coltran_sampler.ipynb #e9fd0f47
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ def gumbel_noise(
     generators:list, # one torch.Generator for each image
     width:int,
     device='cpu',
-)->Tensor: # (B,width,512) float32
+    symbols:int=512,
+)->Tensor: # (B,width,symbols) float32
     "Gumbel noise for one row of each image."
-    u = torch.stack([torch.rand(width, 512, generator=g, device=g.device) for g in generators]).to(device)
+    u = torch.stack([torch.rand(width, symbols, generator=g, device=g.device) for g in generators]).to(device)
     return -(-u.log()).log() # u = 0 gives -inf, which is never drawn; u is always below 1
 
 def gumbel_argmax(
@@ -54,17 +55,17 @@ def sample_naive(
     generators:list=None, # one torch.Generator for each image; not needed at temperature 0
     temperature:float=1., # 0: greedy
     norm:str='row', # of the inner decoder, see ConditionalNorm; 'row' is the official sampler's
-)->dict: # symbols (B,H,W) long, logits (B,H,W,512)
+)->dict: # symbols (B,H,W) long, logits (B,H,W,symbols)
     "Draw pixel by pixel and compute everything anew each time, as the official code does."
     _check_numbers(len(gray), generators, temperature)
     z = net.encode(gray)
-    B, H, W, D = z.shape
+    (B, H, W, D), symbols_known = z.shape, net.pixel.num_embeddings
     canvas, above = torch.zeros_like(z), torch.zeros_like(z)
-    symbols, logits = gray.new_zeros(B, H, W), z.new_zeros(B, H, W, 512)
+    symbols, logits = gray.new_zeros(B, H, W), z.new_zeros(B, H, W, symbols_known)
     for r in ProgressBar(range(H), desc='simple sampler, rows', leave=False, delay=2):
         here = slice(r, r + 1)
         terms = [b.norm_terms(z[:, here] if norm == 'row' else z, norm) for b in net.inner]
-        noise = gumbel_noise(generators, W, gray.device) if temperature else None
+        noise = gumbel_noise(generators, W, gray.device, symbols_known) if temperature else None
         for c in range(W):
             inner = net.inner_decode(canvas[:, here], above[:, here], z[:, here], terms, first=r)
             logits[:, r, c] = net.head(net.norm(inner[:, 0, c]))
@@ -87,11 +88,12 @@ def sampling_cost(
     encoder_layers:int=1,
     outer_layers:int=1,
     inner_layers:int=1,
+    symbols:int=512,
     cached:bool=True, # each position once; False: as the official sampler
 )->dict: # encoder, outer, inner, head -> multiply-adds per image; look-ups cost nothing
     "Multiply-adds of sampling one picture."
     pixels = side*side
-    encoder, head = 2*encoder_layers*pixels*_block_cost(dim, ff, 0, side), pixels*dim*512
+    encoder, head = 2*encoder_layers*pixels*_block_cost(dim, ff, 0, side), pixels*dim*symbols
     if cached:
         row_block = _block_cost(dim, ff, dim, side)
         column_block = _block_cost(dim, ff, dim, side/2) # on average half of the rows are above
@@ -119,7 +121,7 @@ class RowBuffers:
     ):
         self.net, self.temperature = net, temperature
         p = net.inner_positions
-        (H, D), W = p.rows.shape, len(p.columns)
+        (H, D), W, K = p.rows.shape, len(p.columns), net.pixel.num_embeddings
         layers, heads = range(len(net.inner)), net.inner[0].heads
 
         def new(*shape, dtype=p.rows.dtype):
@@ -127,9 +129,9 @@ class RowBuffers:
 
         self.size = H, W, D
         self.embeddings = torch.cat([net.pixel.weight, new(1, D)])      # of the symbols; last: left of the first pixel
-        self.table = net.inner[0].qkv(self.embeddings)                  # (513,3D)
-        self.left = torch.full((batch,), 512, device=p.rows.device)     # the "symbol" left of the first pixel
-        self.noise, self.drawn = new(W, batch, 512, dtype=torch.float32), new(W, batch, dtype=torch.long)
+        self.table = net.inner[0].qkv(self.embeddings)                  # (K+1,3D)
+        self.left = torch.full((batch,), K, device=p.rows.device)     # the "symbol" left of the first pixel
+        self.noise, self.drawn = new(W, batch, K, dtype=torch.float32), new(W, batch, dtype=torch.long)
         self.known = new(W, batch, D)                                   # the first block's input without the symbol
         self.scale, self.shift = ([new(W, batch, 3*D) for _ in layers] for _ in range(2)) # of q, k, v
         self.mlp_scale, self.mlp_shift = ([new(W, batch, D) for _ in layers] for _ in range(2))
@@ -286,7 +288,7 @@ def make_cached_sampler(
         for r in ProgressBar(range(H), desc='colorizer, rows', leave=False, delay=2):
             prepare_row(s, r, z, above, inner, wide)
             if temperature:
-                s.noise.copy_(gumbel_noise(generators, W, gray.device).transpose(0, 1))
+                s.noise.copy_(gumbel_noise(generators, W, gray.device, net.pixel.num_embeddings).transpose(0, 1))
             draw_row()
             symbols[:, r] = s.drawn.T
             if r < H - 1:
@@ -325,7 +327,7 @@ class SamplerOptions:
     precision:str='float32' # or 'bfloat16', for all large matrix products
     batch:int=256        # photographs that are sampled together, at most
 
-class _BatchSampler:
+class BatchSampler:
     "Samples at most `batch` images at a time; keeps a sampler for full batches and one for the rest."
     def __init__(self, net:Colorizer, options:SamplerOptions):
         self.net, self.options, self.samplers = net, options, {}
@@ -346,7 +348,7 @@ def coltran_stages(
     options:SamplerOptions=SamplerOptions(),
 )->dict: # stage -> function (gray (B,1,H,W) in [0,1], result of the stage before, generators)
     "The steps of ColTran. The last one gives rgb (B,3,H,W) in [0,1], the others (B,3,h,w) uint8."
-    sample, shrink, precision = _BatchSampler(colorizer, options), 4 if spatial else 1, options.precision
+    sample, shrink, precision = BatchSampler(colorizer, options), 4 if spatial else 1, options.precision
 
     def small_gray(gray): # (B,1,H,W) in [0,1] to (B,h,w) long
         return resize_area(_levels(gray), gray.shape[-2]//shrink, gray.shape[-1]//shrink)[:, 0]

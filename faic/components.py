@@ -24,9 +24,10 @@ from .core import Budget, ProgressBar, is_main_process, make_generator, read_jso
 from .dataset import cached_array, load_photos, resized_for_crops
 from .evaluate import REFERENCE_SPLIT, evaluate, reconstruction, sample_rows
 from .first_stages import codebook_usage, external_first_stage, external_name
+from .gray_decoder import GRAY_DECODERS
 from .photos import Photos, count_gray, list_hashes
 from .presets import (DAYS, PRESETS, all_components, component_budget, components_of, find_architecture,
-                      make_trainee, model_options, preset_side)
+                      make_trainee, model_options, preset_side, published_latent)
 from .resume import load_weights, work_done
 from .runs import Run, keep_samples, open_run
 from .trainer import Trainer, train_day
@@ -186,6 +187,9 @@ def component_options(
     options = dict(phase='component', model=component, of=phase, preset=preset, seed=seed,
                    data=data_options(photos, phase), budget=str(component_budget(preset, component, phase)),
                    train=model_options(component, preset))
+    base = all_components()[component].base
+    if base:
+        options['base'] = short_hash(component_options(base, phase, preset, seed, photos))
     if phase == 'phase1':
         return options
     first = component_options(component, 'phase1', preset, seed, photos)
@@ -200,9 +204,10 @@ def component_hashes(
     photos:Photos,
     latent:str='', # see components_of
     first_stage:str='', # '', 'plain' or a file
+    decoder:str='', # see components_of
 )->dict: # component -> the six digits at the end of its run's name
     "The runs of a model's own components, trained or not yet; a first stage that comes from a file has none."
-    names = components_of(model, latent, first_stage, preset)
+    names = components_of(model, latent, first_stage, preset, decoder)
     if first_stage not in ('', 'plain'):
         names = [n for n in names if all_components()[n].measure != 'reconstruction']
     return {n: short_hash(component_options(n, phase, preset, seed, photos)) for n in names}
@@ -214,9 +219,14 @@ def hash_sampling(
     components:dict, # from component_hashes
 )->dict:
     "The sampling with names of networks in place of where they come from: 'own:<runs>' or 'official:<hash>'."
+    decoders = [f'gray:{digits}' for name, digits in components.items() if name in GRAY_DECODERS]
+    if 'decoder' in sampling:
+        sampling = sampling | dict(decoder=''.join(decoders))
     published = find_architecture(model).published
     if published is None:
         return sampling
+    if components and not set(components) & set(_published_names(model)): # in latents
+        return {name: value for name, value in sampling.items() if name != published.parameter}
     value = sampling[published.parameter]
     if value == 'own':
         return sampling | {published.parameter: 'own:' + '+'.join(components.values())}
@@ -239,22 +249,28 @@ def train_component(
     **loop_options, # see Trainer
 )->Run:
     "Find or train a component's run; phase 2 continues phase 1's, which is trained first if it is missing."
+    components, base = {}, all_components()[component].base
+    if base:
+        trained = train_component(base, phase, preset, seed, photos, feature_net, device, **loop_options)
+        components[base] = load_component(component_weights(trained), trained, device)
     run = open_run(component_options(component, phase, preset, seed, photos), device, **data_notes(photos))
     weights, origin = component_weights(run), 'found'
     if not weights.exists():
         first = None
         if phase == 'phase2' and not (run.path/'last.pt').exists():
             first = train_component(component, 'phase1', preset, seed, photos, feature_net, device, **loop_options)
-        trainer = make_trainer(run, photos, phase, 1, device, first.path/'last.pt' if first else None, **loop_options)
+        trainer = make_trainer(run, photos, phase, 1, device, first.path/'last.pt' if first else None, components,
+                               **loop_options)
         train_day(trainer, 1)
         origin = 'trained'
         if phase == 'phase2':
             origin = f'trained, after {run.events()[0]["steps"]:,} steps of phase 1,'
-    scores = evaluate_component(run, photos, feature_net, device)
+    scores = evaluate_component(run, photos, feature_net, device, components)
     work = f"{work_done(weights)['step']:,} steps on the {run.options['data']['train']:,} photographs of {phase}"
     print(f'{component}: {origin} {run.path.name}: {work}, {scores}')
     return run
 
+# %% ../nbs/44_components.ipynb #a045d85f
 def component_weights(run:Run)->Path:
     "The file with a component's weights; it exists when the component is trained."
     return run.path/'day-1.safetensors'
@@ -291,11 +307,12 @@ def score_reconstructions(
     device,
 )->list: # of rows for metrics.csv, one per lightness mode
     "Score a first stage on the split that its phase is scored on."
-    net, split = trainee.networks()['net'], SCORED_SPLIT[run.options['of']]
+    net, split = trainee.autoencoder(), SCORED_SPLIT[run.options['of']]
     rows, samples = evaluate(reconstruction(net), photos, split, feature_net, trainee.gray_kind,
                              trainee.keeps_lightness, run.options['seed'], device, input_key='rgb')
     keep_samples(run, samples)
-    codes = codebook_usage(net, ordered_batches(photos, split, 50, trainee.gray_kind, device))
+    batches = ordered_batches(photos, split, 50, trainee.gray_kind, device)
+    codes = codebook_usage(getattr(trainee, 'first_stage', net), batches)
     return [dict(lightness=lightness, **row, **codes) for lightness, row in rows.items()]
 
 # %% ../nbs/44_components.ipynb #04211deb
@@ -304,11 +321,13 @@ def evaluate_component(
     photos:Photos,
     feature_net, # feature network of faic.metrics
     device,
+    components:dict={}, # name -> network, of the component that it is trained on
 )->str: # for a sentence
     "What a component can do, measured once and kept in its metrics.csv."
     o = run.options
     if run.metrics().empty:
-        trainee = load_weights(make_trainee(o['model'], o['train']), component_weights(run), device)
+        trainee = make_trainee(o['model'], o['train'], components=components)
+        load_weights(trainee, component_weights(run), device)
         if all_components()[o['model']].measure == 'reconstruction':
             rows = score_reconstructions(trainee, run, photos, feature_net, device)
         else:
@@ -341,7 +360,8 @@ def prepare_components(
     **loop_options, # see Trainer
 )->tuple: # (component -> network, sampling that names them)
     "The components that a model needs: found, trained, or read from files."
-    names = components_of(model, latent, first_stage, preset)
+    decoder = sampling.get('decoder', '')
+    names = components_of(model, latent, first_stage, preset, decoder)
     if not names:
         return {}, sampling
     networks = external_components(model, names, sampling, photos.side, device, latent, first_stage)
@@ -350,7 +370,7 @@ def prepare_components(
     for name in bar:
         run = train_component(name, phase, preset, seed, photos, feature_net, device, **loop_options)
         networks[name] = load_component(component_weights(run), run, device)
-    hashes = component_hashes(model, phase, preset, seed, photos, latent, first_stage)
+    hashes = component_hashes(model, phase, preset, seed, photos, latent, first_stage, decoder)
     return {n: networks[n] for n in names}, hash_sampling(model, sampling, hashes)
 
 # %% ../nbs/44_components.ipynb #f223b4b2
@@ -367,7 +387,7 @@ def external_components(
     networks, sources = {}, []
     published = find_architecture(model).published
     value = sampling.get(published.parameter, 'own') if published else 'own'
-    if value != 'own':
+    if value != 'own' and set(names) & set(_published_names(model)):
         networks |= published.load(value, tuple(n for n in names if n in _published_names(model)), side)
         sources.append(value)
     if first_stage not in ('', 'plain'):
@@ -387,10 +407,13 @@ def find_components(
 )->dict: # component -> network
     "The components that a run's model needs: its own, whose folders lie beside the run's, or those in files."
     o = run.options
-    names = components_of(o['model'], o.get('latent', ''), preset=o['preset'])
+    names = components_of(o['model'], o.get('latent', published_latent(o['model'])), preset=o['preset'])
     _check_first_stage(run, first_stage)
     networks = external_components(o['model'], names, sampling, o['data']['side'], device, first_stage=first_stage)
-    for component, digits in o['made'].get('components', {}).items():
+    needed = o['made'].get('components', {})
+    if sampling.get('decoder'):
+        needed = needed | _gray_decoder_digits(run, needed)
+    for component, digits in needed.items():
         if component not in networks:
             folder = _component_folder(run, component, digits)
             own = Run(folder, read_json(folder/'options.json'))
@@ -406,6 +429,15 @@ def _check_first_stage(run, first_stage): # a run in the latents of a file needs
     whose = f'the first stage {external}' if external else 'its own first stage'
     what = f'{first_stage} is {found}' if found else 'give its file as first_stage'
     raise ValueError(f'{run.path.name} was trained in the latents of {whose}; {what}')
+
+# %% ../nbs/44_components.ipynb #c4695002
+def _gray_decoder_digits(run, components): # name -> digits, of the decoder that was trained on the run's first stage
+    for stage, digits in components.items():
+        for folder in sorted(run.path.parent.glob(f'component-{stage}_gray-*/options.json')):
+            if read_json(folder).get('base') == digits and component_weights(Run(folder.parent, {})).exists():
+                return {f'{stage}_gray': folder.parent.name[-6:]}
+    raise FileNotFoundError(f'{run.path.name} has no decoder that sees gray, a trained component-..._gray-... of its '
+                            "first stage. Run phase2 of this model with decoder gray, or leave decoder ''")
 
 def _component_folder(run, component, digits):
     folders = run.path.parent.glob(f'component-{component}-*-{digits}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'TEXTS', 'comma_list', 'model_list', 'budget_or_default', 'seed_or_all', 'boolean', 'variants_of',
-           'first_stage_check', 'ParameterError', 'check_params', 'known_model', 'typed_text', 'own_parameters',
-           'notebook_parameters', 'resolve_sampling']
+           'first_stage_check', 'decoder_check', 'ParameterError', 'check_params', 'known_model', 'typed_text',
+           'own_parameters', 'notebook_parameters', 'resolve_sampling']
 
 # %% ../nbs/42_parameters.ipynb #3bf10c3c
 import ast, os, sys
@@ -77,6 +77,21 @@ def first_stage_check(
             raise ValueError("latent none works on pixels and has no first stage; expected '', or latent f4, f8 or f16")
         if value not in ('', 'plain'):
             external_first_stage(value, latent)
+        return value
+    return check
+
+# %% ../nbs/42_parameters.ipynb #4f8242c1
+def decoder_check(
+    latent:str, # the space; '': not known
+    first_stage:str='', # as the parameter says
+):
+    "A check: '' for the first stage's own decoder, 'gray' for one that sees the gray photograph."
+    def check(value):
+        if choice('', 'gray')(value) and latent == 'none':
+            raise ValueError("latent none works on pixels and has no decoder; expected '', or latent f4, f8 or f16")
+        if value and first_stage:
+            raise ValueError(f"decoder 'gray' goes with the study's own first stage; expected '', "
+                             f'or first_stage without {first_stage!r}')
         return value
     return check
 
@@ -161,11 +176,12 @@ def _unchecked(value):
 def _space_checks(architecture, namespace):
     "The checks of `latent`, `first_stage` and `pretrained` for one architecture."
     preset = namespace.get('preset') if namespace.get('preset') in PRESETS else None
-    checks = dict(latent=_nothing, first_stage=_nothing, pretrained=_nothing)
+    checks = dict(latent=_nothing, first_stage=_nothing, pretrained=_nothing, decoder=_nothing)
     if architecture.latents:
         latent = namespace.get('latent') or (default_latent(architecture.name, preset) if preset else '')
         known = latent if latent in architecture.latents else ''
-        checks |= dict(latent=choice('', *architecture.latents), first_stage=first_stage_check(known))
+        checks |= dict(latent=choice('', *architecture.latents), first_stage=first_stage_check(known),
+                       decoder=decoder_check(known, namespace.get('first_stage', '')))
     if architecture.published:
         side, components = _size_of(architecture, preset)
         checks['pretrained'] = _published_check(architecture, side, (architecture.name, *components))
@@ -193,7 +209,8 @@ def own_parameters(
     preset:str=None, # None: not known
 )->dict: # name -> check
     "The parameters that one architecture adds to the study's."
-    return architecture.parameters(*_size_of(architecture, preset if preset in PRESETS else None))
+    decoder = dict(decoder=choice('', 'gray')) if architecture.latents else {}
+    return architecture.parameters(*_size_of(architecture, preset if preset in PRESETS else None)) | decoder
 
 def notebook_parameters(
     namespace:dict, # the notebook's globals()
@@ -230,4 +247,6 @@ def resolve_sampling(
     for name, value in vars(parameters).items():
         if name in sampling and value != '' and (name, value) != ('sample_steps', 0):
             sampling[name] = value
+    if getattr(parameters, 'decoder', '') and ARCHITECTURES[model].latents:
+        sampling['decoder'] = parameters.decoder
     return sampling

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'ARCHITECTURE', 'unet_levels', 'unet_widths', 'batch_or_instance_norm', 'sample_dropout_masks', 'UNet',
-           'PatchDiscriminator', 'init_weights', 'gan_loss', 'Pix2Pix', 'pix2pix_colorizer', 'unet_names',
-           'discriminator_names', 'official_names', 'load_official', 'save_official', 'load_unet', 'make_pix2pix']
+           'PatchDiscriminator', 'init_weights', 'gan_loss', 'Pix2Pix', 'make_answer', 'pix2pix_colorizer',
+           'unet_names', 'discriminator_names', 'official_names', 'load_official', 'save_official', 'load_unet',
+           'latent_levels', 'LatentPix2Pix', 'latent_colorizer', 'make_pix2pix']
 
 # %% ../nbs/20_pix2pix.ipynb #705b8eae
 import math
@@ -19,6 +20,7 @@ from .architecture import Architecture, choice
 from .checkpoints import load_strict, read_state
 from .color import lab_to_rgb, scaled_lab, unscale_lab
 from .core import sample_per_image
+from .latents import SPACES, InLatents, LatentSpace, add_statistics, decoder_of, first_stage_of
 from .layers import upcast_float32
 
 # %% ../nbs/20_pix2pix.ipynb #2f54911f
@@ -73,11 +75,12 @@ class UNet(nn.Module):
         out_channels:int=2, # a and b
         width:int=64, # channels of the outermost level
         levels:int=8, # halvings; sides must be multiples of 2**levels
+        bounded:bool=True, # keep the answer in [-1,1] with a tanh
     ):
         super().__init__()
-        if levels < 5:
-            raise ValueError(f'the U-Net has at least 5 levels, got {levels}')
-        self.levels = levels
+        if levels < 2:
+            raise ValueError(f'the U-Net has at least 2 levels, got {levels}')
+        self.levels, self.bounded = levels, bounded
         w = unet_widths(width, levels)
         up_in = [2*c for c in w[:-1]] + w[-1:] # the skip and the level below; the innermost level has no skip
         up_out = [out_channels] + w[:-1]
@@ -95,7 +98,7 @@ class UNet(nn.Module):
         L:Tensor, # (B,in_channels,H,W) in [-1,1]
         masks:list=None, # of (B,C,h,w), see mask_shapes; None: no dropout
         per_image:bool=False, # norm statistics of each single image
-    )->Tensor: # (B,out_channels,H,W) in [-1,1]
+    )->Tensor: # (B,out_channels,H,W), in [-1,1] where bounded
         factor = 2**self.levels
         if any(s % factor for s in L.shape[-2:]):
             raise ValueError(f'height and width must be multiples of {factor} for {self.levels} levels, '
@@ -111,7 +114,8 @@ class UNet(nn.Module):
             if masks and 3 < k < self.levels - 1:
                 x = x * masks[self.levels - 2 - k].to(x)
             x = torch.cat([skips.pop(), x], 1)
-        return torch.tanh(self.up[0](F.relu(x)))
+        x = self.up[0](F.relu(x))
+        return torch.tanh(x) if self.bounded else x
 
 # %% ../nbs/20_pix2pix.ipynb #f3794831
 class PatchDiscriminator(nn.Module):
@@ -119,20 +123,21 @@ class PatchDiscriminator(nn.Module):
     def __init__(self,
         in_channels:int=3, # L, a, b
         width:int=64, # channels of the first layer
+        layers:int=3, # of stride 2; 3: patches of 70x70, 1: of 16x16
     ):
         super().__init__()
-        w = [in_channels, width, 2*width, 4*width, 8*width, 1]
-        self.conv = nn.ModuleList(nn.Conv2d(w[k], w[k + 1], 4, stride=2 if k < 3 else 1, padding=1, bias=k in (0, 4))
-                                  for k in range(5))
-        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in w[2:5])
+        w, last = [in_channels, *(width * min(2**k, 8) for k in range(layers + 1)), 1], layers + 1
+        self.conv = nn.ModuleList(nn.Conv2d(w[k], w[k + 1], 4, stride=2 if k < layers else 1, padding=1,
+                                            bias=k in (0, last)) for k in range(layers + 2))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in w[2:-1])
 
     def forward(self,
         pair:Tensor, # (B,in_channels,H,W): L first, then ab
-    )->Tensor: # (B,1,H/8-2,W/8-2) logits
+    )->Tensor: # (B,1,h,w) logits, with three layers of stride 2 H/8-2 by W/8-2
         x = F.leaky_relu(self.conv[0](pair), .2)
-        for conv, norm in zip(self.conv[1:4], self.norm):
+        for conv, norm in zip(self.conv[1:-1], self.norm):
             x = F.leaky_relu(norm(conv(x)), .2)
-        return self.conv[4](x)
+        return self.conv[-1](x)
 
 # %% ../nbs/20_pix2pix.ipynb #fd74fa8b
 @torch.no_grad()
@@ -201,7 +206,7 @@ class Pix2Pix:
         return self.adversarial_losses(L, ab, masks)
 
     def adversarial_losses(self, L:Tensor, ab:Tensor, masks=None):
-        "The two losses from scaled Lab, (B,1,H,W) and (B,2,H,W)."
+        "The two losses from a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
         fake = upcast_float32(self.G(L, masks))
         D_fake = gan_loss(self.D(torch.cat([L, fake], 1).detach()), False, self.gan_mode)
         D_real = gan_loss(self.D(torch.cat([L, ab], 1)), True, self.gan_mode)
@@ -214,13 +219,13 @@ class Pix2Pix:
         yield 'G', G_GAN + G_L1
 
 # %% ../nbs/20_pix2pix.ipynb #f712bef6
-def pix2pix_colorizer(
-    G:UNet,
+def make_answer(
+    G:UNet, # trained
     batch_norm:str='image', # 'image' (official default) or 'running' (official --eval)
     dropout:float=.5, # rate, used with 'image' only
     precision:str='float32', # or 'bfloat16'
 ):
-    "The function colorize(gray, generator) of a trained generator."
+    "The function answer(x, generator) of a trained generator, without gradients, in float32."
     if batch_norm not in ('image', 'running'):
         raise ValueError(f"batch_norm is 'image' or 'running', got {batch_norm!r}")
     if precision not in ('float32', 'bfloat16'):
@@ -228,21 +233,36 @@ def pix2pix_colorizer(
     per_image = batch_norm == 'image'
 
     @torch.no_grad()
+    def answer(x, generator=None): # (B,C,H,W) -> like G's output
+        masks, shapes = None, G.mask_shapes(*x.shape[-2:]) if per_image and dropout else []
+        if shapes:
+            if generator is None:
+                generator = torch.Generator().manual_seed(0)
+            masks = sample_dropout_masks(shapes, len(x), generator, dropout)
+        was_training = G.training
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
+            found = upcast_float32(G.eval()(x, masks, per_image))
+        G.train(was_training)
+        return found
+    return answer
+
+# %% ../nbs/20_pix2pix.ipynb #20c01a70
+def pix2pix_colorizer(
+    G:UNet,
+    batch_norm:str='image', # this and the rest: see make_answer
+    dropout:float=.5,
+    precision:str='float32',
+):
+    "The function colorize(gray, generator) of a trained generator."
+    answer = make_answer(G, batch_norm, dropout, precision)
+
+    @torch.no_grad()
     def colorize(
         gray:Tensor, # (B,1,H,W) in [0,1], Lab L/100
         generator=None, # a torch.Generator, or a list with one per image; only 'image' with dropout draws
     )->Tensor: # (B,3,H,W) in [0,1], with the lightness that came in
-        L, masks = gray*2 - 1, None
-        shapes = G.mask_shapes(*L.shape[-2:]) if per_image and dropout else []
-        if shapes:
-            if generator is None:
-                generator = torch.Generator().manual_seed(0)
-            masks = sample_dropout_masks(shapes, len(L), generator, dropout)
-        was_training = G.training
-        with torch.autocast(gray.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
-            ab = upcast_float32(G.eval()(L, masks, per_image))
-        G.train(was_training)
-        return lab_to_rgb(unscale_lab(L, ab))
+        L = gray*2 - 1
+        return lab_to_rgb(unscale_lab(L, answer(L, generator)))
     return colorize
 
 # %% ../nbs/20_pix2pix.ipynb #bfb415c3
@@ -310,18 +330,94 @@ def load_unet(
     first, last = state['model.model.0.weight'], state['model.model.3.weight']
     return load_official(UNet(first.shape[1], last.shape[1], first.shape[0], levels), path)
 
+# %% ../nbs/20_pix2pix.ipynb #20c01a72
+def latent_levels(side:int)->int: # 3 at 16x16, 5 at 64x64
+    "How often the U-Net halves a latent of this side: down to 2x2."
+    return max(2, int(math.log2(side)) - 1)
+
+class LatentPix2Pix(InLatents, Pix2Pix):
+    "Pix2Pix in the latents of a first stage, ready to be trained."
+    def __init__(self,
+        side:int=64, # of the latents
+        channels:int=3, # of the latents
+        factor:int=4, # side of the photograph over that of the latents
+        width:int=64, # first width of G and of D
+        lambda_l1:float=100., # this and the next two: see Pix2Pix
+        gan_mode:str='vanilla',
+        dropout:float=.5,
+        normalize:bool=True, # the latents
+        first_stage:nn.Module=None, # with encode and decode; may be set later
+        decoder:nn.Module=None, # that sees the gray photograph, in place of the first stage's
+        seed:int=0, # of the initial weights
+    ):
+        init = torch.Generator().manual_seed(seed)
+        self.G = init_weights(UNet(channels, channels, width, latent_levels(side), bounded=False), init)
+        self.D = init_weights(PatchDiscriminator(2*channels, width, layers=1), init)
+        if normalize:
+            add_statistics(self.G, channels)
+        self.space = LatentSpace(self.G, channels, factor, normalize, first_stage=first_stage, decoder=decoder)
+        self.lambda_l1, self.gan_mode, self.dropout, self.terms = lambda_l1, gan_mode, dropout, {}
+
+    def losses(self,
+        batch:dict, # 'latents', or 'rgb' and 'gray'
+        generator, # for dropout, see sample_dropout_masks
+    ):
+        "Yield ('D', loss) and then ('G', loss); step the named network before asking for the next."
+        color, gray = self.latents_of(batch)
+        x0, y, masks = self.space.normalized(color), self.space.normalized(gray, 'cond'), None
+        if self.dropout:
+            masks = sample_dropout_masks(self.G.mask_shapes(*y.shape[-2:]), len(y), generator, self.dropout)
+        return self.adversarial_losses(y, x0, masks)
+
+# %% ../nbs/20_pix2pix.ipynb #20c01a73
+def latent_colorizer(
+    model:LatentPix2Pix, # trained
+    batch_norm:str='image', # see make_answer
+    precision:str='float32',
+):
+    "The function colorize(gray, generator) of a Pix2Pix in latents; its attribute `stages` has the steps."
+    answer = make_answer(model.G, batch_norm, model.dropout, precision)
+    space, half = model.space, dict(dtype=torch.bfloat16, enabled=precision == 'bfloat16')
+
+    def encode(gray, before=None, generator=None): # (B,1,H,W) in [0,1] -> (B,C,h,w), normalized
+        with torch.autocast(gray.device.type, **half):
+            return space.normalized(space.encode_gray(gray), 'cond')
+
+    def generate(gray, y, generator=None):
+        return answer(y, generator)
+
+    def decode(gray, x0, generator=None): # -> rgb (B,3,H,W) in [0,1]
+        with torch.autocast(gray.device.type, **half):
+            return space.decode_rgb(x0, gray)
+
+    @torch.no_grad()
+    def colorize(gray, generator=None): # (B,1,H,W) in [0,1], Pillow's luma -> (B,3,H,W) in [0,1]
+        value = None
+        for stage in colorize.stages.values():
+            value = stage(gray, value, generator)
+        return value
+    colorize.stages = {'encode': encode, 'generator': generate, 'decode': decode}
+    return colorize
+
 # %% ../nbs/20_pix2pix.ipynb #5cb64156
 def make_pix2pix(
     options:dict, # of a run
     seed:int=0, # of the initial weights
-    components:dict={}, # networks trained before it; Pix2Pix needs none
+    components:dict={}, # in latents the first stage, and the decoder that sees the gray photograph
 )->Pix2Pix:
     "A Pix2Pix from the options of a run."
     o = options
+    if 'factor' in o:
+        return LatentPix2Pix(o['side']//o['factor'], o['latent_channels'], o['factor'], o['width'], o['lambda_l1'],
+                             o['gan_mode'], o['dropout'], o['normalize'], first_stage_of(components),
+                             decoder_of(components), seed)
     return Pix2Pix(o['side'], o['width'], o['lambda_l1'], o['gan_mode'], o['dropout'], seed)
 
 def _colorizer(trainee, sampling, components):
-    return pix2pix_colorizer(trainee.G, sampling['batch_norm'], trainee.dropout, sampling.get('precision', 'float32'))
+    batch_norm, precision = sampling['batch_norm'], sampling.get('precision', 'float32')
+    if isinstance(trainee, LatentPix2Pix):
+        return latent_colorizer(trainee, batch_norm, precision)
+    return pix2pix_colorizer(trainee.G, batch_norm, trainee.dropout, precision)
 
 def _parameters(side, components):
     return dict(batch_norm=choice('image', 'running'))
@@ -341,4 +437,6 @@ ARCHITECTURE = Architecture(
     colorizer=_colorizer,
     sampling=dict(batch_norm='image'),
     parameters=_parameters,
+    latents={'none': {}, 'f4': dict(SPACES['f4'], normalize=True)},
+    external_latents=dict(normalize=False),
 )

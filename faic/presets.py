@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PAPER_MODELS', 'PRESETS', 'DAYS', 'find_architecture', 'all_components', 'find_description',
            'default_variants', 'default_variant', 'Preset', 'preset_precision', 'preset_side', 'default_latent',
-           'components_of', 'model_options', 'variant_changes', 'day_budget', 'paper_work', 'component_budget',
-           'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling']
+           'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'paper_work',
+           'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling']
 
 # %% ../nbs/41_presets.ipynb #cee6d1fd
 import re
@@ -19,6 +19,7 @@ from .classifier import ARCHITECTURE as CLASSIFIER
 from .coltran_checkpoints import ARCHITECTURE as COLTRAN
 from .core import Budget, has_bfloat16, pick_device
 from .first_stages import VQGANS, first_stage_name
+from .gray_decoder import GRAY_DECODERS, gray_decoder_name
 from .palette import ARCHITECTURE as PALETTE
 from .palette import MODERN as PALETTE_MODERN
 from .paper import PAPER_FID, PAPER_WINNER, PAPER_WORK
@@ -39,7 +40,7 @@ def find_architecture(
 def all_components()->dict: # name -> Component
     "Every component that some architecture may need."
     own = {c.name: c for a in ARCHITECTURES.values() for c in a.components}
-    return own | VQGANS
+    return own | VQGANS | GRAY_DECODERS
 
 def find_description(
     name:str, # of an architecture or a component
@@ -87,10 +88,12 @@ def _narrow(dim, batch_size, **more):
 def _small_bbdm(decay, unet, vqgan): # what a small preset changes in BBDM and its first stages
     shared = dict(side=64, load_side=64)
     bbdm = shared | dict(accumulate=1, ema=dict(decay=decay, start=.05, every=1)) | unet
-    return {'bbdm': bbdm} | {name: shared | vqgan for name in VQGANS}
+    decoder = {name: value for name, value in vqgan.items() if name not in ('n_embed', 'codebook')}
+    stages = {name: shared | vqgan for name in VQGANS} | {name: shared | decoder for name in GRAY_DECODERS}
+    return {'bbdm': bbdm} | stages
 
 def _each_vqgan(phase1, phase2=None): # the same budgets for every first stage
-    return {name: (phase1, phase2 or phase1) for name in VQGANS}
+    return {name: (phase1, phase2 or phase1) for name in (*VQGANS, *GRAY_DECODERS)}
 
 # %% ../nbs/41_presets.ipynb #f6774972
 def _small_classifier(width, batch_size, lr): # it has 256 answers to a photograph, the published crop 1936
@@ -181,20 +184,26 @@ def preset_side(preset:str)->int: # px
 # %% ../nbs/41_presets.ipynb #727cbcbc
 def default_latent(model:str, preset:str)->str: # 'none': pixels
     "The space that an architecture works in where nothing else is said."
-    return PRESETS[preset].latents.get(model) or next(iter(find_architecture(model).latents), 'none')
+    return PRESETS[preset].latents.get(model) or published_latent(model)
+
+def published_latent(model:str)->str: # 'none': pixels
+    "The space that an architecture works in as published."
+    return next(iter(find_architecture(model).latents), 'none')
 
 def components_of(
     model:str,
     latent:str='', # a key of the architecture's latents; '': the preset's
     first_stage:str='', # 'plain': without the perceptual term; '' or a file: with it
     preset:str='paper',
+    decoder:str='', # 'gray': in latents, a decoder that sees the gray photograph
 )->tuple: # of names
     "The components that an architecture needs, in the order of their training."
     architecture = find_architecture(model)
-    own = [c.name for c in architecture.components if c.name in PRESETS[preset].components]
     latent = (latent or default_latent(model, preset)) if architecture.latents else 'none'
+    if latent == 'none':
+        return tuple(c.name for c in architecture.components if c.name in PRESETS[preset].components)
     stage = first_stage_name(latent, first_stage)
-    return (*own, stage) if stage else tuple(own)
+    return tuple(filter(None, (stage, gray_decoder_name(stage, decoder))))
 
 # %% ../nbs/41_presets.ipynb #878cbc32
 def model_options(
@@ -208,13 +217,23 @@ def model_options(
     description = find_description(model)
     options = description.paper | PRESETS[preset].changes.get(model, {}) | preset_precision(preset)
     if isinstance(description, Architecture) and description.latents:
-        options |= description.latents[latent or default_latent(model, preset)]
+        latent = latent or default_latent(model, preset)
+        options |= description.latents[latent]
+        if latent != 'none':
+            options |= _in_latents(options, preset, first_stage_name(latent, first_stage))
         if first_stage not in ('', 'plain'):
             options |= description.external_latents
     if variant == 'default':
         return options
     return options | variant_changes(model, options, variant)
 
+def _in_latents(options, preset, stage): # what follows from the first stage
+    changes = dict(load_side=options['side']) # latents are of whole photographs
+    if 'codes' in options:
+        changes['codes'] = model_options(stage, preset)['n_embed']
+    return changes
+
+# %% ../nbs/41_presets.ipynb #878cbc33
 def variant_changes(
     model:str,
     options:dict, # of its default variant in a preset

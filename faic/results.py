@@ -22,6 +22,7 @@ from .dataset import dataset_name, load_photos
 from .drawing import save_figure
 from .figures import figure7, figure11, figure_steps, paper_figure, samples_figure
 from .first_stages import VQGANS
+from .gray_decoder import GRAY_DECODERS
 from .notes import caution, collapse_notes, provenance_line
 from .paper import PAPER_FIGURES
 from .parameters import notebook_parameters
@@ -78,7 +79,7 @@ def network_sizes(selection:RunSelection)->dict: # model or component -> paramet
         for latent in find_architecture(model).latents:
             if selection.find('phase2', f'{model}:{latent}'):
                 further[f'{model}:{latent}'] = count_colorizer(model, preset, latent)
-    for name in VQGANS:
+    for name in (*VQGANS, *GRAY_DECODERS):
         if selection.find('component', name, 'phase2'):
             sizes[name] = count_colorizer(name, preset)
     return sizes | further

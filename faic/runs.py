@@ -177,7 +177,7 @@ def evaluated(run:Run, **what)->bool: # e.g. day=1, sampling='batch_norm=image'
 # %% ../nbs/02_runs.ipynb #5eed0002
 def strip_hashes(name:str)->str: # 'upsamplers=own' for 'upsamplers=own:1a2b3c+4d5e6f'
     "Remove the hashes of components from the name of a sampling or a first stage."
-    return re.sub(r'\b(own|plain):[0-9a-f]+(\+[0-9a-f]+)*', r'\1', name)
+    return re.sub(r'\b(own|plain|gray):[0-9a-f]+(\+[0-9a-f]+)*', r'\1', name)
 
 # %% ../nbs/02_runs.ipynb #d5a1a6ff
 def sample_file(

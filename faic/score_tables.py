@@ -208,7 +208,9 @@ def training_rows(selection:RunSelection)->list: # of Training
         for phase in PHASES:
             every += [*_model_training(selection, model, phase), *_component_training(selection, model, phase)]
     further = extra_models(selection)
-    return [t for t in every if t.status == 'run' or t.model not in further] # nobody expects runs of further models
+    every = [t for t in every if t.status == 'run' or t.model not in further] # nobody expects runs of further models
+    shared = {(t.component, t.phase): t for t in reversed(every) if t.component} # the first model that has it
+    return [t for t in every if not t.component or t is shared[t.component, t.phase]]
 
 def _model_training(selection, model, phase):
     variants = [v for p, m, v in selection.runs if (p, m) == (phase, model) and v != 'pretrained']
@@ -222,6 +224,8 @@ def _component_training(selection, model, phase): # at the photographs' side Col
         if (p, m) == (phase, model):
             used |= run.options['made'].get('components', {}).keys()
     components = model_components(selection.preset).get(model, ())
+    decoders = [name for name, c in all_components().items() if c.base in components]
+    components = (*components, *(name for name in decoders if selection.find('component', name, phase)))
     lines = [_training(selection, model, phase, component=component) for component in components]
     return [t for t in lines if t.status == 'run' or not used or t.component in used]
 

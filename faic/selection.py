@@ -20,7 +20,7 @@ from .core import read_json, runs_dir
 from .first_stages import external_name
 from .photos import Photos
 from .presets import (ARCHITECTURES, PAPER_MODELS, all_components, components_of, default_latent, default_variant,
-                      find_architecture)
+                      published_latent)
 from .runs import Run, primary_rows, read_runs
 from .winner import (Winner, check_same_options, choose_winner, daily_seed_means, describe_lead, name_seeds,
                          newest_scored, same_sampling, scoring_network, select_winner)
@@ -73,7 +73,8 @@ def model_name(
 
 def _component_title(component): # with the architecture's title where only one uses it
     title = all_components()[component].title
-    owners = {model.partition(':')[0] for model, names in model_components('paper').items() if component in names}
+    users = {key.partition(':') for key, names in model_components('paper').items() if component in names}
+    owners = {model for model, _, space in users if not space or published_latent(model) != 'none'}
     if len(owners) != 1:
         return title
     return f'{ARCHITECTURES[owners.pop()].title}, {title}'
@@ -303,7 +304,8 @@ def extra_models(selection:RunSelection)->list: # keys such as 'bbdm:f8', see mo
     trained = {model for _, model, _ in selection.runs}
     keys = {model for model in trained if ':' in model}
     for model, components in model_components(selection.preset).items():
-        if ':' in model and not trained.isdisjoint(components):
+        published_there = published_latent(model.partition(':')[0]) != 'none' # others only share the component
+        if ':' in model and published_there and not trained.isdisjoint(components):
             keys.add(model)
     return sorted(keys, key=natural_key)
 
@@ -337,9 +339,9 @@ def space_options(
     first_stage:str='', # '', 'plain' or a file
 )->dict:
     "Return a run's space: the latent, and the first stage as 'own:<hash>', 'plain:<hash>', 'given:<hash>' or ''."
-    if not find_architecture(model).latents:
-        return {}
     latent = latent or default_latent(model, preset)
+    if latent == published_latent(model) == 'none':
+        return {} # as on pixels since before models had latents
     if latent == 'none':
         return dict(latent=latent, first_stage='')
     if first_stage not in ('', 'plain'):
@@ -379,8 +381,9 @@ def _phase1_runs(model, preset, seeds, photos): # seed -> list of Run
 def _winner_in_space(runs, model, preset, photos, budget, space): # None where variants were not compared there
     compared = []
     for seed, found in runs.items():
-        wanted = dict(budget=budget) | space_options(model, 'phase1', preset, seed, photos, *space)
-        compared += newest_scored([run for run in found if wanted.items() <= run.options.items()])
+        wanted = dict(latent=None, first_stage=None, budget=budget) # a run on pixels may name no space
+        wanted |= space_options(model, 'phase1', preset, seed, photos, *space)
+        compared += newest_scored([r for r in found if all(r.options.get(k) == v for k, v in wanted.items())])
     return choose_winner(compared)
 
 def _describe_score(winner): # 'FID (...) 70.00 against default 80.00 (a lead beyond the intervals)'
@@ -433,11 +436,11 @@ def newest_run(
     latent:str='', # see components_of; in latents, runs with a first stage of the study's own are preferred
 )->Run: # None where there is none
     "Find the newest trained run of phase 2 of these photographs."
-    latent = latent or default_latent(model, preset)
+    latent, published = latent or default_latent(model, preset), published_latent(model)
     def suits(run):
         o = run.options
         same_data = o['data']['fingerprint'] == photos.fingerprint
-        return same_data and o.get('latent', latent) == latent and _has_weights(run)
+        return same_data and o.get('latent', published) == latent and _has_weights(run)
     def rank(run):
         return run.options.get('first_stage', '').startswith('own'), _made(run)
     runs = [run for run in read_runs(phase='phase2', model=model, preset=preset, seed=seed) if suits(run)]

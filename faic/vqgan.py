@@ -384,6 +384,10 @@ class AutoencoderTrainee(ImageTerms):
         "The networks, one optimizer each; the perceptual network is not trained."
         return {'net': self.net, 'D': self.D}
 
+    def autoencoder(self)->VQModel:
+        "What reconstructs photographs."
+        return self.net
+
     def losses(self,
         batch:dict, # 'rgb' (B,3,H,W) in [0,1]; of a micro-batch also 'share' (of all images) and 'piece' (its number)
         generator=None, # of the first codes, see init_codebook

@@ -268,8 +268,8 @@ def test_components_are_listed_apart(folders):
     assert steps == 11, "a component that the runs name is preferred to a newer one"
     assert rows.loc["ColTran, color upsampler, phase 2", "step"] == 60
     assert "trained apart" in variants_table("Table II", select_runs("smoke", "embedded", 0)).markdown()
-    upsamplers = {c.name for c in ARCHITECTURES["coltran"].components}
-    components = dict(coltran=upsamplers, bbdm=set(VQGANS))
+    upsamplers, plain = {c.name for c in ARCHITECTURES["coltran"].components}, {"vqgan_f4", "vqgan_f4_plain"}
+    components = dict(pix2pix=plain, coltran=upsamplers | set(VQGANS), bbdm=set(VQGANS))
     named = {model: set() for model in components}
     for kind, names in model_components("smoke").items():
         named[kind.split(":")[0]].update(names)

@@ -20,16 +20,18 @@ from faic.bbdm import BBDM
 from faic.cgan import CGAN
 from faic.classifier import Classifier
 from faic.coltran import ColTran, ColTranColor, ColTranSpatial
+from faic.coltran_latents import LatentColTran
 from faic.core import Budget, is_main_process, sample_per_image
 from faic.dataset import load_photos
 from faic.distributed import all_reduce_sum, init_distributed
 from faic.evaluate import evaluate
+from faic.gray_decoder import GrayDecoderTrainee
 from faic.palette import Palette
-from faic.pix2pix import Pix2Pix
+from faic.pix2pix import LatentPix2Pix, Pix2Pix
 from faic.runs import Run
 from faic.train import train_step
 from faic.trainer import Trainer, day_batches
-from faic.vqgan import VQGAN
+from faic.vqgan import VQGAN, VQModel
 
 SIDE, PHOTOGRAPHS = 32, 10  # batches of 3, and at the end of an epoch one of 1: then the second process has no image
 ADAM = dict(optimizer="adam", lr=1e-3, beta1=0.5, beta2=0.999, schedule="constant")
@@ -79,10 +81,31 @@ def make_cgan_with_penalty():
 
 
 TF1 = ADAM | dict(optimizer="rmsprop_tf1", lr=1e-2, lr_factors={"critic": 2.0}, clip_weights={"critic": 0.1})
+
+
 def make_classifier():
     model = Classifier(width=4, train_crop=24)
     model.use_photographs(np.random.default_rng(0).integers(0, 256, (PHOTOGRAPHS, SIDE, SIDE, 3), dtype=np.uint8))
     return model
+
+
+def frozen_stage():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VQModel(ch=16, num_res_blocks=1, n_embed=32, groups=4).eval()
+
+
+def make_latent_pix2pix():
+    return LatentPix2Pix(8, width=8, normalize=False)
+
+
+def make_latent_coltran():
+    return LatentColTran(8, codes=32, dim=16, heads=2, ff=16, first_stage=frozen_stage())
+
+
+def make_gray_decoder():
+    widths = dict(ch=16, num_res_blocks=1, disc_width=8)
+    return GrayDecoderTrainee(perceptual_weight=0.0, disc_start=4, first_stage=frozen_stage(), **widths)
 
 
 TRAINEES = {  # name -> (function that makes it, options)
@@ -91,6 +114,9 @@ TRAINEES = {  # name -> (function that makes it, options)
     "coltran_color": (make_color_upsampler, ADAM),
     "coltran_spatial": (make_spatial_upsampler, ADAM),
     "vqgan": (make_vqgan, ADAM | dict(lr=1e-4)),
+    "latent_pix2pix": (make_latent_pix2pix, ADAM),
+    "latent_coltran": (make_latent_coltran, ADAM),
+    "gray_decoder": (make_gray_decoder, ADAM | dict(lr=1e-4)),
     "bbdm": (make_bbdm, ADAM | dict(accumulate=2, schedule="plateau", plateau=PLATEAU)),
     "palette": (make_palette, ADAM | dict(lr=1e-4, schedule="warmup", warmup=0.2)),
     "palette_modern": (make_palette_modern, ADAM | dict(ema=dict(decay=0.9, start=1, every=1))),
@@ -100,6 +126,9 @@ TRAINEES = {  # name -> (function that makes it, options)
 }
 
 
+PREPARED = ("bbdm", "latent_pix2pix", "latent_coltran")  # they train on latents
+
+
 class InPrecision:
     """A trainee whose networks and batches are of another precision."""
 
@@ -107,7 +136,8 @@ class InPrecision:
         self.trainee, self.dtype, self.gray_kind = trainee, dtype, trainee.gray_kind
         if isinstance(trainee, BBDM):
             trainee.bridge.to(dtype)
-        for net in trainee.networks().values():
+        stage = getattr(getattr(trainee, "space", trainee), "first_stage", None)
+        for net in (*trainee.networks().values(), *filter(None, [stage])):
             net.to(dtype)
 
     def networks(self):
@@ -126,7 +156,7 @@ def train(name, dtype, steps, folder):
     make, options = TRAINEES[name]
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (PHOTOGRAPHS, SIDE + 4, SIDE + 4, 3), dtype=np.uint8)
-    latents = rng.standard_normal((PHOTOGRAPHS, 2, 6, 8, 8)).astype(np.float16) if name == "bbdm" else None
+    latents = rng.standard_normal((PHOTOGRAPHS, 2, 6, 8, 8)).astype(np.float16) if name in PREPARED else None
     run, budget = Run(folder / name, {}), Budget(steps, "steps")
     options = dict(options, batch_size=3, crop=SIDE, flip=True, seed=0)
     trainee, indices = InPrecision(make(), dtype), np.arange(PHOTOGRAPHS)
