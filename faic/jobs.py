@@ -124,7 +124,7 @@ def _phase2_trainings(p):
     trained_in_phase1 = not stage and latent in ('', default_latent(model, preset)) # by the job of the components
     phases = ('phase2',) if trained_in_phase1 else ('phase1', 'phase2')
     found = []
-    for name in components_of(model, latent, stage, preset):
+    for name in components_of(model, latent, stage, preset, p.get('decoder', '')):
         found += [_component_training(name, phase, preset) for phase in phases]
     options = model_options(model, preset, default_variant(model), latent)
     return [*found, Training(model, 'phase2', options, day_budget(preset, p['budget'], model, 'phase2')*DAYS, DAYS)]
@@ -233,7 +233,7 @@ def estimate_job(
         if t.name == model: # components are scored, too, but not by colorizing
             images = t.days*scored_photographs(t, counts)
             evaluation = timing.evaluated*images/3600
-    own = [f'{k}={v}' for k, v in job.parameters.items() if k in ('variants', 'latent', 'first_stage')]
+    own = [f'{k}={v}' for k, v in job.parameters.items() if k in ('variants', 'latent', 'first_stage', 'decoder')]
     notebook = ', '.join([f"{job.notebook} {job.parameters.get('model', '')}".strip(), *own])
     return JobEstimate(job.name, model, notebook, ', '.join(job.depends_on), job.gpus, hours, unknown, images,
                        evaluation, size, sources)

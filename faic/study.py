@@ -56,7 +56,7 @@ def notebook_path(name:str)->Path: # e.g. of 'phase1'; ValueError where it is mi
 
 def executed_path(name:str, parameters:dict, folder:Path)->Path:
     "Where run_notebook leaves an executed notebook."
-    keys = ('model', 'variants', 'latent', 'first_stage', 'only_seed')
+    keys = ('model', 'variants', 'latent', 'first_stage', 'decoder', 'only_seed')
     telling = [str(parameters[k]) for k in keys if k in parameters]
     return folder/('-'.join([name, *telling]).replace('/', '_') + '.ipynb')
 
@@ -230,7 +230,7 @@ class _Running:
 
 def _start(chain, progress, folder, variables): # -> _Running
     name, parameters, weight = chain[0]
-    telling = [str(v) for k, v in parameters.items() if k in ('model', 'latent', 'first_stage')]
+    telling = [str(v) for k, v in parameters.items() if k in ('model', 'latent', 'first_stage', 'decoder')]
     task = progress.start(' '.join([name, *telling]), weight)
     context = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
     if hasattr(os, 'fork'):
