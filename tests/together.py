@@ -121,7 +121,8 @@ TRAINEES = {  # name -> (function that makes it, options)
     "palette": (make_palette, ADAM | dict(lr=1e-4, schedule="warmup", warmup=0.2)),
     "palette_modern": (make_palette_modern, ADAM | dict(ema=dict(decay=0.9, start=1, every=1))),
     "cgan": (make_cgan, TF1),
-    "cgan_penalty": (make_cgan_with_penalty, ADAM | dict(optimizer="adam_tf1")),
+    # Not Adam: the biases before a norm have no gradient, and Adam makes steps of their rounding errors
+    "cgan_penalty": (make_cgan_with_penalty, TF1 | dict(clip_weights={})),
     "classifier": (make_classifier, ADAM | dict(weight_decay=1e-3, schedule="step", lr_step=0.4, lr_gamma=0.3)),
 }
 
