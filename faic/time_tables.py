@@ -183,9 +183,9 @@ def _fixed_sampling(options): # ', eta = 1': what a run that scored numbers of s
     fixed = {n: options[n] for n in ARCHITECTURES[options['model']].sampling if n in options}
     return ''.join(f', {n} = {v:g}' if isinstance(v, float) else f', {n} = {v}' for n, v in fixed.items())
 
-def sampled_in_steps()->list: # keys of models
-    "The models whose sampling has a number of steps to choose."
-    return [name for name, architecture in ARCHITECTURES.items() if 'sample_steps' in architecture.sampling]
+def sampled_in_steps(selection:RunSelection)->list: # keys of models
+    "The models of the comparison whose sampling has a number of steps to choose."
+    return [m for m in all_models(selection) if m in ARCHITECTURES and 'sample_steps' in ARCHITECTURES[m].sampling]
 
 # %% ../nbs/53_time_tables.ipynb #53a10009
 def steps_table(selection:RunSelection)->Table:
@@ -197,13 +197,13 @@ def steps_table(selection:RunSelection)->Table:
         for entry in _steps_entries(name, run): # the runs share one gray image
             entries.setdefault(entry.title, entry)
     if not entries:
-        entries = {m: run_entries(model_name(m), None)[0] for m in sampled_in_steps()}
+        entries = {m: run_entries(model_name(m), None)[0] for m in sampled_in_steps(selection)}
     frame = pd.DataFrame([entry.row() for entry in entries.values()])
     if runs:
         scored = [name for name in METRICS if column_name(name, network_name) in frame]
         notes += [interval_note(scored), bias_note(frame)]
     notes += one_seed(selection, 'steps', 'These scores and times')
-    for model in sampled_in_steps():
+    for model in sampled_in_steps(selection):
         notes += run_notes(selection, 'steps', model)
     title = 'Quality and time by the number of sampling steps, validation images'
     return Table(title, frame, score_view(list(entries.values()), network_name),
