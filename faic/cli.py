@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .parameters import ParameterError, budget_or_default, model_list
+from .parameters import budget_or_default, model_list
 from .photos import GRAY_PHOTOGRAPHS
 from .presets import PRESETS
 
@@ -168,36 +168,50 @@ def budgets(preset, hours):
 
 # %% ../nbs/63_cli.ipynb #0d75b297
 @main.command()
-@click.argument('photos', nargs=-1, required=True, type=click.Path(exists=True))
+@click.argument('photo', nargs=-1, required=True)
 @click.option('-o', '--out', default='',
               help="Folder for the results; default: '<folder>-colorized' beside the photograph's folder.")
-@click.option('--run', 'run_name', default='', help='A run folder or its name; default: the newest run of phase 2.')
+@click.option('--model', default='',
+              help='An architecture, a run folder or its name; default: the newest run of phase 2.')
+@click.option('--strength', default=1., show_default=True, type=click.FloatRange(0, 1),
+              help='Saturation: 0 is gray, 1 the answer as it is.')
+@click.option('--samples', default=1, show_default=True, type=click.IntRange(1, 99),
+              help='Answers to each photograph, of seed, seed + 1, ...')
+@click.option('--seed', default=0, show_default=True, type=click.IntRange(0), help="Of the model's random choices.")
+@click.option('--compare', is_flag=True, help='Write the gray photograph and its answers side by side, too.')
+@click.option('--upsampling', default='guided', show_default=True, type=click.Choice(['guided', 'bicubic']),
+              help='Of the colors: along the edges of the photograph, or over them.')
 @click.option('--frame', default='whole', show_default=True, type=click.Choice(['whole', 'square']),
               help="All of the photograph at its own size, or its central square at the model's size.")
-@click.option('--seed', default=0, show_default=True, help="Of the model's random choices.")
 @click.option('--device', default='auto', show_default=True, help='auto, cpu, cuda, cuda:1')
 @click.option('--overwrite', is_flag=True, help='Replace files that are there; the photographs are never replaced.')
-def colorize(photos, out, run_name, frame, seed, device, overwrite):
-    """Colorize photographs, or folders of them, with a trained run.
+@click.option('-p', '--parameter', 'parameters', nargs=2, multiple=True, metavar='NAME VALUE',
+              help="A parameter of the architecture, e.g. 'temperature 0.5'; may be repeated.")
+def colorize(photo, parameters, **given):
+    """Colorize photographs, and all those in folders, with a trained model.
 
-    Example: faic colorize grandmother.jpg -o colored
+    Example: faic colorize grandmother.jpg album -o colored --compare
     """
     from faic.colorize import run_colorize
     from faic.core import printable
-    failed = False
-    for photo in photos:
-        try:
-            found = run_colorize(photo, run_name, out, seed, device, frame, overwrite=overwrite)
-        except (ParameterError, ValueError, OSError) as e:
-            click.echo(f'{printable(photo)}: {e}', err=True)
-            failed = True
-            continue
-        for target in found.done.values():
-            click.echo(printable(target))
-        click.echo(found.summary(), err=True)
-        failed = failed or bool(found.failed)
-    if failed:
+    try:
+        found = run_colorize(list(photo), report=_report_photograph, **given | dict(parameters))
+    except BrokenPipeError: # e.g. faic colorize album | head
+        raise
+    except (ValueError, OSError) as e:
+        raise click.ClickException('\n'.join(printable(line) for line in str(e).split('\n'))) from e
+    click.echo(f'{found.colorizer.describe()}: {found.summary()}', err=True)
+    if found.failed:
         raise SystemExit(1)
+
+# %% ../nbs/63_cli.ipynb #58b9e058
+def _report_photograph(file, targets, reason): # without breaking the bar
+    from faic.core import ProgressBar, printable
+    with ProgressBar.external_write_mode():
+        for target in targets:
+            click.echo(printable(target))
+        if reason:
+            click.echo(printable(f'{file}: {reason}'), err=True)
 
 # %% ../nbs/63_cli.ipynb #0e3665a7
 _cluster_options = _with(

@@ -163,7 +163,7 @@ def typed_text(
 
 def _check_text(name, check):
     def check_typed(value):
-        return check(typed_text(name, value))
+        return check(value if isinstance(value, list) else typed_text(name, value))
     return check_typed
 
 # %% ../nbs/42_parameters.ipynb #df83a933
@@ -215,12 +215,14 @@ def own_parameters(
 def notebook_parameters(
     namespace:dict, # the notebook's globals()
     *names:str, # the parameters that it has
+    **own_checks, # name = check, in place of the study's
 )->SimpleNamespace: # checked values; variants is a list
     "Check a notebook's parameters; raise ParameterError with every mistake."
     require_same_clone()
     model, preset = namespace.get('model'), namespace.get('preset')
     everybodys = {n for a in ARCHITECTURES.values() for n in own_parameters(a)}
-    checks = {n: PARAMETERS.get(n, _unchecked) for n in names if n in PARAMETERS or n in everybodys}
+    shared = PARAMETERS | own_checks
+    checks = {n: shared.get(n, _unchecked) for n in names if n in shared or n in everybodys}
     chosen = [ARCHITECTURES[model]] if model in ARCHITECTURES else list(ARCHITECTURES.values())
     for architecture in chosen:
         own = own_parameters(architecture, preset)

@@ -14,10 +14,13 @@ from click.testing import CliRunner
 from PIL import Image, ImageCms
 
 import faic.colorize
+import faic.full_size
 from faic.cli import main
-from faic.colorize import RunColorizer, _targets, colorize_photo, read_record, run_colorize
+from faic.color import luma, rgb_to_lab
+from faic.colorize import RunColorizer, _targets, read_record, run_colorize
 from faic.core import RESULT_SOFTWARE, RESULTS_MARKER
 from faic.evaluate import gray_baseline
+from faic.full_size import colorize_photo
 
 ORIENTATION, MAKER, SOFTWARE = 0x0112, 271, 305
 
@@ -144,6 +147,7 @@ def test_another_command_does_not_replace_a_result(album, colorizer, change):
 def test_two_photographs_never_share_a_target(tmp_path):
     names = ["a.jpg", "A.jpg", "a.JPG", "a.tif", "a.tif.jpg", "é.jpg", "e\u0301.jpg", "b/x.jpg", "B/x.jpg", "a.png"]
     targets = _targets([tmp_path / n for n in names], tmp_path, tmp_path / "out")
+    targets = {file: target for file, (target,) in targets.items()}
     keys = {str(t).casefold().replace("e\u0301", "é") for t in targets.values()}
     assert len(keys) == len(names) and targets[tmp_path / "a.jpg"] == tmp_path / "out" / "a.png"
 
@@ -163,17 +167,17 @@ def test_results_are_marked_and_not_colorized_again(album, colorizer):
     before = contents(album)
     found = run_colorize(str(album))
     folder = album.with_name("album-colorized")
-    assert {t.parent for t in found.done.values()} == {folder} and contents(album) == before
+    assert {t.parent for (t,) in found.done.values()} == {folder} and contents(album) == before
     assert (folder / RESULTS_MARKER).exists()
-    for target in found.done.values():
+    for (target,) in found.done.values():
         with Image.open(target) as result:
             assert result.info["Software"].startswith(RESULT_SOFTWARE)
     with pytest.raises(ValueError, match="holds no photograph, only results of FAIC"):
         run_colorize(str(folder))
     with pytest.raises(ValueError, match="only results of FAIC"):
-        run_colorize(str(next(iter(found.done.values()))))
+        run_colorize(str(next(iter(found.done.values()))[0]))
     inside = run_colorize(str(album), out=str(album / "colored"))
-    assert {t.parent.name for t in inside.done.values()} == {"colored"}
+    assert {t.parent.name for (t,) in inside.done.values()} == {"colored"}
     (album / "colored" / RESULTS_MARKER).unlink()  # the metadata alone tell it, too
     assert set(run_colorize(str(album)).done) == set(found.done)
 
@@ -196,7 +200,7 @@ def test_a_result_carries_what_its_photograph_did(tmp_path, colorizer, suffix):
     exif = Image.Exif()
     exif[ORIENTATION], exif[MAKER], exif[SOFTWARE] = 6, "Kodak", "Photo Editor 5"
     Image.new("RGB", (60, 40), "gray").save(tmp_path / f"p.{suffix}", exif=exif, dpi=(300, 300))
-    (target,) = run_colorize(str(tmp_path / f"p.{suffix}"), out=str(tmp_path / "out")).done.values()
+    ((target,),) = run_colorize(str(tmp_path / f"p.{suffix}"), out=str(tmp_path / "out")).done.values()
     with Image.open(target) as result:
         assert result.size == (40, 60) and result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         kept = result.getexif()
@@ -211,7 +215,7 @@ def test_a_result_has_the_alpha_channel(tmp_path, colorizer, frame, size):
     alpha = Image.linear_gradient("L").resize((50, 40)).point(lambda v: max(v, 1))
     photo.putalpha(alpha)
     photo.save(tmp_path / "p.png")
-    (target,) = run_colorize(str(tmp_path / "p.png"), out=str(tmp_path / "out"), frame=frame).done.values()
+    ((target,),) = run_colorize(str(tmp_path / "p.png"), out=str(tmp_path / "out"), frame=frame).done.values()
     with Image.open(target) as result:
         assert (result.mode, result.size) == ("RGBA", size)
         if frame == "whole":
@@ -226,29 +230,31 @@ SHAPES = [(70, 50), (50, 70), (64, 64), (1, 90), (90, 1), (1, 1), (700, 3), (3, 
 def test_strips_give_what_the_whole_gives(monkeypatch, frame, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
-    def result(strip, colorize):
-        monkeypatch.setattr(faic.colorize, "STRIP", strip)
-        made = colorize_photo(colorize, Image.fromarray(noise), 32, frame=frame, generator=torch.Generator())
+    def result(strip, colorize, **options):
+        monkeypatch.setattr(faic.full_size, "STRIP", strip)
+        made = colorize_photo(colorize, Image.fromarray(noise), 32, frame=frame, generator=torch.Generator(), **options)
         return np.asarray(made).astype(int)
 
     whole = result(10**9, paint)
     for strip in (1, 97, 1000):
         assert np.abs(result(strip, paint) - whole).max() <= 1
     if frame == "whole" and min(shape) > 1:
-        assert np.abs(whole - unstripped(noise)).max() <= 1
+        plain = result(10**9, paint, upsampling="bicubic")
+        assert np.abs(plain - unstripped(noise)).max() <= 1
 
 
 def unstripped(noise):
     """The computation on whole tensors."""
     from torch.nn.functional import interpolate
 
-    from faic.color import luma, to_uint8, transfer_lightness
+    from faic.color import lab_to_rgb, to_uint8
 
     pixels = torch.tensor(noise).permute(2, 0, 1)[None] / 255
     small = interpolate(pixels, (32, 32), mode="bilinear", antialias=True).clamp(0, 1)
     rgb = paint(luma(to_uint8(small).float() / 255, "lab"), [torch.Generator()])
-    rgb = interpolate(rgb, pixels.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
-    return to_uint8(transfer_lightness(pixels, rgb))[0].permute(1, 2, 0).numpy().astype(int)
+    ab = interpolate(rgb_to_lab(rgb)[:, 1:], pixels.shape[-2:], mode="bicubic", antialias=True)
+    answer = lab_to_rgb(torch.cat([rgb_to_lab(pixels)[:, :1], ab], 1))
+    return to_uint8(answer)[0].permute(1, 2, 0).numpy().astype(int)
 
 
 def test_the_photograph_of_a_caller_is_not_changed():
@@ -257,7 +263,7 @@ def test_the_photograph_of_a_caller_is_not_changed():
 
 
 MEMORY = f"""
-import resource, sys
+import resource, sys, time
 import numpy as np
 import torch
 from PIL import Image
@@ -269,16 +275,16 @@ faic.colorize.open_run_colorizer = lambda *arguments: made
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 faic.colorize.run_colorize("small.png", out="out")
-before = peak()
+before, began = peak(), time.process_time()
 faic.colorize.run_colorize("large.jpg", out="out")
-print(peak() - before)
+print(peak() - before, time.process_time() - began)
 """
 
 
-def test_memory_beside_a_large_photograph_is_bounded(tmp_path):
+def test_memory_and_time_for_a_large_photograph_are_bounded(tmp_path):
     """12 megapixels, turned by its EXIF: 46 MB as Pillow holds it; a ninth of what 108 megapixels may take beside it.
 
-    As one tensor it took 1400 MB.
+    As one tensor it took 1400 MB. The goal is five seconds; a slow or busy machine may take twice as long.
     """
     Image.new("L", (64, 64)).save(tmp_path / "small.png")
     exif = Image.Exif()
@@ -287,7 +293,8 @@ def test_memory_beside_a_large_photograph_is_bounded(tmp_path):
     Image.fromarray(noise).resize((4000, 3000)).save(tmp_path / "large.jpg", exif=exif)
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) < 46 + 1000 / 9, f"{done.stdout} MB"
+    memory, seconds = map(float, done.stdout.split())
+    assert memory < 46 + 1000 / 9 and seconds < 10, f"{memory} MB, {seconds} s"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +336,7 @@ def test_pipes_and_dangling_links_are_no_photographs(album, colorizer):
     long = album / f"{'x' * 251}.png"
     Image.new("L", (9, 9)).save(long)
     found = run_colorize(str(album))
-    assert len(found.done) == 4 and found.done[long].exists()
+    assert len(found.done) == 4 and found.done[long][0].exists()
     assert found.failed == {album / "pipe.jpg": "not a file", album / "link.jpg": "not a file"}
 
 

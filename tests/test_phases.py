@@ -168,7 +168,7 @@ def test_colorize_keeps_size_and_skips_what_is_no_photograph(phase2, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "grandmother.png")
     (tmp_path / "letter.txt").write_text("no photograph")
     (run,) = read_runs(phase="phase2", model="pix2pix")
-    done = papermill("colorize", tmp_path, photo=tmp_path, run=run.path, device="cpu")
+    done = papermill("colorize", tmp_path, photo=tmp_path, model=run.path, device="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search("(left out|skipped): letter.txt", printed(tmp_path))
     with Image.open(tmp_path.with_name(f"{tmp_path.name}-colorized") / "grandmother.png") as result:
