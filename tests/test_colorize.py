@@ -228,6 +228,7 @@ SHAPES = [(70, 50), (50, 70), (64, 64), (1, 90), (90, 1), (1, 1), (700, 3), (3, 
 @pytest.mark.parametrize("frame", ["whole", "square"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_strips_give_what_the_whole_gives(monkeypatch, frame, shape):
+    monkeypatch.setattr(faic.full_size, "FINEST", 128)
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
     def result(strip, colorize, **options):
