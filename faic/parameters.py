@@ -32,11 +32,11 @@ def comma_list(*names:str):
     return check
 
 def model_list(value):
-    "A check: 'paper' (the three that the paper trained), 'all', or a comma list of architectures. Gives a list."
+    "A check: 'paper' (the three that the paper trained), 'all', a comma list of architectures, or their list."
     if value == 'paper':
         return list(PAPER_MODELS)
     try:
-        return comma_list(*ARCHITECTURES)(value)
+        return comma_list(*ARCHITECTURES)(value if isinstance(value, str) else ','.join(value))
     except ValueError as e:
         names = ', '.join(map(repr, ARCHITECTURES))
         raise ValueError(f"expected 'paper', 'all' or a comma list of {names}") from e
