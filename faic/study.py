@@ -125,12 +125,18 @@ class StudyProgress:
 
 # %% ../nbs/60_study.ipynb #01fb13fa
 def kernel_manager()->type:
-    "A manager of kernels of this interpreter; a stopped kernel gets half an hour to save, not five seconds."
+    "A manager of kernels of this interpreter; a kernel that is stopped in its work gets half an hour to save."
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
-    traits = dict(shutdown_wait_time=3600., kernel_spec=KernelSpec(**get_kernel_dict()))
-    return type('PatientKernelManager', (AsyncKernelManager,), traits)
+
+    class PatientKernelManager(AsyncKernelManager):
+        async def shutdown_kernel(self, now=False, restart=False):
+            at_work = sys.exception() is not None
+            self.shutdown_wait_time = 3600. if at_work else 20. # half of it until it is killed
+            await super().shutdown_kernel(now, restart)
+    PatientKernelManager.kernel_spec = KernelSpec(**get_kernel_dict())
+    return PatientKernelManager
 
 def kernel_environment(
     name:str, # of the notebook
