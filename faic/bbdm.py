@@ -22,7 +22,8 @@ from .bridge import (Bridge, bridge_target, check_objective, estimate_x0, p_samp
 from .core import randint_sampler, sample_per_image
 from .latents import (ENCODE_BATCH, SPACES, LatentSpace, add_statistics, decoder_of, first_stage_of, gray_to_rgb,
                           latent_rows, set_statistics)
-from .layers import UNet, noise_stream, norm_groups, sampling_network, trim_channel_mult, upcast_float32
+from .layers import (UNet, noise_stream, norm_groups, sampling_network, staged_colorizer, trim_channel_mult,
+                     upcast_float32)
 from .network_figures import draw_bbdm
 
 # %% ../nbs/24_bbdm.ipynb #cff31a58
@@ -272,21 +273,7 @@ def bbdm_colorizer(
     "The function colorize(gray, generator) of a trained BBDM; `stages` can be timed apart, `times` counts their calls."
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
-    stages = bbdm_stages(model, steps, eta, clip, precision)
-
-    def colorize(
-        gray:Tensor, # (B,1,H,W) in [0,1]
-        generator=None, # a torch.Generator, or a list with one per image; None: seed 0
-    )->Tensor: # (B,3,H,W) in [0,1]
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]*len(gray)
-        state = stages['encode'](gray)
-        for _ in range(steps):
-            state = stages['U-Net step'](gray, state, generators)
-        return stages['decode'](gray, state)
-    colorize.stages, colorize.times = stages, {'U-Net step': steps}
-    return colorize
+    return staged_colorizer(bbdm_stages(model, steps, eta, clip, precision), {'U-Net step': steps})
 
 # %% ../nbs/24_bbdm.ipynb #605f5e9c
 def make_bbdm(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .coltran import ColTran, ColTranColor, ColTranSpatial, Colorizer, init_weights
 from .coltran_sampler import BatchSampler, SamplerOptions, coltran_colorizer
 from .latents import InLatents, LatentSpace, codes_of, decoder_of, first_stage_of, vectors_of
+from .layers import staged_colorizer
 
 # %% ../nbs/29_coltran_latents.ipynb #ff02203c
 class LatentColTran(InLatents, ColTran):
@@ -85,19 +86,7 @@ def latent_coltran_colorizer(
     batch:int=256,
 ): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the steps
     "The function colorize(gray, generator) of a ColTran in latents."
-    def colorize(
-        gray:Tensor, # (B,1,H,W) in [0,1], Pillow's luma
-        generator=None, # a torch.Generator, or a list with one per image; None: seed 0
-    )->Tensor: # (B,3,H,W) in [0,1], with the decoder's own lightness
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]*len(gray)
-        value = None
-        for stage in colorize.stages.values():
-            value = stage(gray, value, generators)
-        return value
-    colorize.stages = latent_stages(model, SamplerOptions(temperature, norm, precision, batch))
-    return colorize
+    return staged_colorizer(latent_stages(model, SamplerOptions(temperature, norm, precision, batch)))
 
 # %% ../nbs/29_coltran_latents.ipynb #4b886f49
 def _sizes(options, *names): # the options of these names

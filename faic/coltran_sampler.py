@@ -17,6 +17,7 @@ from torch import Tensor
 from .axial import ConditionalNorm, attend, distance_bias
 from .coltran import Colorizer, Upsampler, _levels, bins_to_rgb, resize_area, upsample_nearest
 from .core import ProgressBar
+from .layers import staged_colorizer
 
 # %% ../nbs/22_coltran_sampler.ipynb #21b1c5d4
 def gumbel_noise(
@@ -385,16 +386,4 @@ def coltran_colorizer(
     batch:int=256,
 ): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the steps
     "The function colorize(gray, generator) of the trained networks."
-    def colorize(
-        gray:Tensor, # (B,1,H,W) in [0,1], ColTran's luma
-        generator=None, # a torch.Generator, or a list with one per image; None: seed 0
-    )->Tensor: # (B,3,H,W) in [0,1], with the network's own lightness
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]*len(gray)
-        value = None
-        for stage in colorize.stages.values():
-            value = stage(gray, value, generators)
-        return value
-    colorize.stages = coltran_stages(colorizer, color, spatial, SamplerOptions(temperature, norm, precision, batch))
-    return colorize
+    return staged_colorizer(coltran_stages(colorizer, color, spatial, SamplerOptions(temperature, norm, precision, batch)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_params', 'timestep_embedding', 'zero_init', 'resample2x', 'Dropout', 'dropout_generator', 'ResBlock',
            'Attention', 'Down', 'Up', 'TimestepEmbedSequential', 'UNet', 'norm_groups', 'trim_channel_mult',
-           'upcast_float32', 'sampling_network', 'noise_stream']
+           'upcast_float32', 'sampling_network', 'noise_stream', 'staged_colorizer']
 
 # %% ../nbs/11_layers.ipynb #22718735
 import copy, math
@@ -278,3 +278,24 @@ def noise_stream(
     "Draw noise for one sampling step after the other, each image's from its own generator."
     while True:
         yield sample_per_image(torch.randn, like.shape, generators).to(like.device)
+
+# %% ../nbs/11_layers.ipynb #934780d3
+def staged_colorizer(
+    stages:dict, # name -> function (gray, state, generators) -> the next state, at last rgb
+    times:dict={}, # name -> calls in a row; 1 where it is missing
+): # function; its attributes are `stages` and `times`
+    "The function colorize(gray, generator) of stages that follow each other and can be timed apart."
+    def colorize(
+        gray:Tensor, # (B,1,H,W) in [0,1]
+        generator=None, # a torch.Generator, or a list with one per image; None: seed 0
+    )->Tensor: # (B,3,H,W) in [0,1]
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]*len(gray)
+        state = None
+        for name, stage in stages.items():
+            for _ in range(times.get(name, 1)):
+                state = stage(gray, state, generators)
+        return state
+    colorize.stages, colorize.times = stages, times
+    return colorize

@@ -21,8 +21,8 @@ from .core import randint_sampler, sample_per_image
 from .diffusion import (SAMPLERS, SamplerState, add_noise, check_objective, diffusion_target, estimate_x0,
                             karras_levels, linear_gammas, min_snr_weight, p_sample, predict_x0, sampler_calls,
                             sampling_levels, schedule_tables)
-from .layers import (UNet, dropout_generator, noise_stream, sampling_network, trim_channel_mult,
-                         upcast_float32)
+from .layers import (UNet, dropout_generator, noise_stream, sampling_network, staged_colorizer, trim_channel_mult,
+                     upcast_float32)
 
 # %% ../nbs/25_palette.ipynb #25a00006
 INITS = ('kaiming', 'zero')
@@ -36,9 +36,10 @@ def init_weights(
     if init not in INITS:
         raise ValueError(f'init must be one of {", ".join(INITS)}; got {init!r}')
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
-    for m in layers if init == 'kaiming' else []:
-        nn.init.kaiming_normal_(m.weight)
-        nn.init.zeros_(m.bias)
+    if init == 'kaiming':
+        for m in layers:
+            nn.init.kaiming_normal_(m.weight)
+            nn.init.zeros_(m.bias)
     return net
 
 # %% ../nbs/25_palette.ipynb #25a00008
@@ -236,20 +237,7 @@ def palette_colorizer(
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
     stages = palette_stages(model, sampler, steps, noise_levels, precision)
-
-    def colorize(
-        gray:Tensor, # (B,1,H,W) in [0,1], Lab L/100
-        generator=None, # a torch.Generator, or a list with one per image; None: seed 0
-    )->Tensor: # (B,3,H,W) in [0,1]
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]*len(gray)
-        state = stages['noise'](gray, None, generators)
-        for _ in range(steps):
-            state = stages['U-Net step'](gray, state, generators)
-        return stages['color'](gray, state)
-    colorize.stages, colorize.times = stages, {'U-Net step': steps}
-    return colorize
+    return staged_colorizer(stages, {'U-Net step': steps})
 
 # %% ../nbs/25_palette.ipynb #25a0001b
 def official_names(net:UNet)->dict: # our tensor name -> official name
