@@ -29,7 +29,7 @@ OWNERS = {"pix2pix": faic.pix2pix.LatentPix2Pix, "coltran": faic.coltran_latents
 @pytest.fixture(scope="module")
 def photographs(photographs, tmp_path_factory):
     """Two thirds of the shared photographs: fewer evaluations."""
-    folder = tmp_path_factory.mktemp("data") / "photographs"
+    folder = tmp_path_factory.mktemp("data") / "fewer"
     folder.mkdir()
     for file in sorted(photographs.iterdir())[:48]:
         (folder / file.name).write_bytes(file.read_bytes())
@@ -66,7 +66,7 @@ def test_models_share_a_first_stage_and_its_latents(runs, photographs):
         assert (run.options["latent"], run.options["first_stage"]) == ("f4", f"own:{digits}")
         assert run.metrics()["day"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], model
         assert set(run.metrics()["lightness"]) == {"model", "photograph"}
-    files = sorted(runs.glob("data-photographs-*/*.f16"))
+    files = sorted(runs.glob("data-fewer-*/*.f16"))
     assert sorted(f.stem.endswith("flip") for f in files) == [False, True]  # Pix2Pix mirrors; BBDM reads ColTran's file
 
 
