@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SRGB_FOOT', 'RGB_TO_XYZ', 'WHITE', 'F_FOOT', 'PIECE', 'GRAYS', 'GRAY_KINDS', 'TO_YUV', 'FROM_YUV', 'rgb_to_lab',
-           'lab_to_rgb', 'scale_lab', 'unscale_lab', 'scaled_lab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb',
+           'lab_to_rgb', 'ciede2000', 'scale_lab', 'unscale_lab', 'scaled_lab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb',
            'transfer_lightness', 'to_uint8', 'truncate_uint8', 'srgb_profile', 'ProfileConversion',
            'profile_conversion', 'png_profile']
 
 # %% ../nbs/03_color.ipynb #c048986b
-import io, struct
+import io, math, struct
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -90,6 +90,42 @@ def lab_to_rgb(
     linear = (torch.linalg.inv(_xyz(lab.double())).to(lab) @ xyz.flatten(2)).view(lab.shape)
     foot = .0031308
     return torch.where(linear > foot, 1.055*linear.clamp(min=foot)**(1/2.4) - .055, 12.92*linear).clamp(0, 1)
+
+# %% ../nbs/03_color.ipynb #873d8b91
+def _chroma_and_hue(lab, G): # chroma C' and hue h' in radians, 0 to 2 pi
+    a, b = (1 + G)*lab[:, 1], lab[:, 2]
+    return torch.hypot(a, b), torch.atan2(b, a) % (2*math.pi)
+
+def _chroma_rolloff(C): # near 0 for grays, near 1 for saturated colors
+    C7 = (C/25)**7 # of the ratio, because 100**7 is too coarse in float32
+    return (C7/(C7 + 1)).sqrt()
+
+def _mean_hue(h1, h2, colored): # on the shorter arc; of a gray and a color, the color's
+    mean = (h1 + h2)/2
+    across = (h1 - h2).abs() > math.pi
+    mean = torch.where(across, torch.where(h1 + h2 < 2*math.pi, mean + math.pi, mean - math.pi), mean)
+    return torch.where(colored, mean, h1 + h2)
+
+# %% ../nbs/03_color.ipynb #eb60aad7
+def ciede2000(
+    lab1:Tensor, # (B,3,H,W) float, in Lab's own units
+    lab2:Tensor, # (B,3,H,W) float
+)->Tensor: # (B,H,W), 0 for equal colors
+    "The color difference CIEDE2000 of each pixel, with unit weights."
+    G = .5 - .5*_chroma_rolloff((lab1[:, 1:].norm(dim=1) + lab2[:, 1:].norm(dim=1))/2)
+    (C1, h1), (C2, h2) = _chroma_and_hue(lab1, G), _chroma_and_hue(lab2, G)
+    colored = (C1 > 0) & (C2 > 0)
+    turn = torch.remainder(h2 - h1 + math.pi, 2*math.pi) - math.pi # -pi to pi
+    dH = 2*(C1*C2).sqrt()*torch.sin(turn/2)
+    L, C, h = (lab1[:, 0] + lab2[:, 0])/2, (C1 + C2)/2, _mean_hue(h1, h2, colored)
+    T = (1 - .17*torch.cos(h - math.radians(30)) + .24*torch.cos(2*h)
+         + .32*torch.cos(3*h + math.radians(6)) - .2*torch.cos(4*h - math.radians(63)))
+    dark = (L - 50).square()
+    lightness = (lab2[:, 0] - lab1[:, 0])/(1 + .015*dark/(20 + dark).sqrt())
+    chroma, hue = (C2 - C1)/(1 + .045*C), dH/(1 + .015*C*T)
+    blue = torch.exp(-((h.rad2deg() - 275)/25).square())
+    rotation = -2*_chroma_rolloff(C)*torch.sin(math.radians(60)*blue)
+    return (lightness.square() + chroma.square() + hue.square() + rotation*chroma*hue).clamp(min=0).sqrt()
 
 # %% ../nbs/03_color.ipynb #1b37fe99
 def scale_lab(

@@ -11,7 +11,7 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 
-from .color import to_uint8
+from .color import rgb_to_lab, to_uint8
 from .distributed import all_gather_rows
 from .metrics import (FeatureStats, _check_features, _checked_probabilities, _chroma_distance, _eight_bit_pair,
                           colorfulness, frechet_distance, inception_score, kid, ssim_valid)
@@ -44,7 +44,7 @@ class SSIMValid(_MeanOverImages):
 class ChromaError(_MeanOverImages):
     "Mean chroma error; update takes (fake, real)."
     def _scores(self, fake, real):
-        return _chroma_distance(to_uint8(fake), to_uint8(real))
+        return _chroma_distance(rgb_to_lab(to_uint8(fake)), rgb_to_lab(to_uint8(real)))
 
 class Colorfulness(_MeanOverImages):
     "Mean colorfulness of the fake images; update takes (fake, real)."
