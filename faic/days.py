@@ -22,7 +22,7 @@ from .core import Budget, ProgressBar, is_main_process, make_generator, runs_dir
 from .dataset import diff_files
 from .distributed import group_lock
 from .evaluate import (REFERENCE_SPLIT, SAMPLES, evaluate, evaluate_real, gray_baseline, lightness_modes,
-                           retry_on_oom, sample_rows)
+                           retry_on_oom, sample_rows, score_samples)
 from .photos import Photos
 from .presets import (components_of, default_sampling, describe_sampling, find_architecture, make_colorizer,
                       make_trainee, model_options)
@@ -105,6 +105,7 @@ def run_days(
     sampling:dict, # what changes answers but not weights, e.g. batch_norm
     device,
     components:dict={}, # name -> network, of the components that the model needs
+    judges=(), # further feature networks, which score the last day of phase 2
     **loop_options, # see Trainer
 )->Run:
     "Train the run day by day and evaluate it after each; a run that was stopped continues."
@@ -118,7 +119,8 @@ def run_days(
     for day in bar:
         weights = train_day(trainer, day)
         with record_errors(trainer):
-            evaluate_day(run, day, weights, photos, feature_net, sampling, device, components)
+            asked = judges if (phase, day) == ('phase2', days) else ()
+            evaluate_day(run, day, weights, photos, feature_net, sampling, device, components, asked)
     return run
 
 # %% ../nbs/46_days.ipynb #2cbf749f
@@ -153,12 +155,13 @@ def evaluate_day(
     sampling:dict, # what changes answers but not weights
     device,
     components:dict={}, # name -> network, of the components that the model needs
+    judges=(), # further feature networks
 ):
     "Score a day's weights and add the rows that are missing."
     trainee = make_trainee(run.options['model'], run.options['train'], components=components)
     if missing_rows(run, trainee, day, sampling):
         load_weights(trainee, weights, device)
-        score(run, trainee, photos, feature_net, sampling, device, components, day, work_done(weights))
+        score(run, trainee, photos, feature_net, sampling, device, components, day, work_done(weights), judges)
 
 # %% ../nbs/46_days.ipynb #48915fa0
 def missing_rows(run:Run, trainee, day:int, sampling:dict)->list: # of 'model', 'photograph'
@@ -181,12 +184,16 @@ def score(
     components:dict={}, # name -> network, of the components that the model needs
     day:int=1,
     work:dict={}, # how much training is behind it
+    judges=(), # further feature networks; with any, also several samples of some photographs
 ):
     "Colorize the phase's split, keep samples, and add a row of metrics for each lightness mode."
     o, name = run.options, describe_sampling(sampling)
     colorize = make_colorizer(o['model'], trainee, sampling, components)
     rows, samples = evaluate(colorize, photos, SCORED_SPLIT[o['phase']], feature_net, trainee.gray_kind,
-                             trainee.keeps_lightness, o['seed'], device, eval_batch_size(o, device))
+                             trainee.keeps_lightness, o['seed'], device, eval_batch_size(o, device), judges=judges)
+    if judges:
+        as_made = lightness_modes(trainee.keeps_lightness)[0]
+        rows[as_made] |= score_samples(colorize, photos, SCORED_SPLIT[o['phase']], trainee.gray_kind, o['seed'], device)
     keep_samples(run, samples, day, name)
     if is_main_process():
         for lightness in missing_rows(run, trainee, day, sampling):
@@ -200,13 +207,14 @@ def run_baselines(
     photos:Photos,
     feature_net, # feature network of faic.metrics
     device,
+    judges=(), # further feature networks, of the gray image
 ):
     "Score the gray image and the real photographs on the phase's split, once per data set."
     split = SCORED_SPLIT[phase]
     gray, real = (baseline_run(phase, subject, preset, photos, device) for subject in ('gray', 'real'))
     with group_lock(gray.path/'lock'): # notebooks that run at the same time score them once
         if not evaluated(gray, split=split):
-            rows, samples = evaluate(gray_baseline, photos, split, feature_net, device=device)
+            rows, samples = evaluate(gray_baseline, photos, split, feature_net, device=device, judges=judges)
             keep_samples(gray, samples)
             if is_main_process():
                 gray.add_metrics(dict(day=1, lightness='photograph', **rows['photograph']))
@@ -227,6 +235,7 @@ def run_pretrained(
     feature_net, # feature network of faic.metrics
     sampling:dict, # see resolve_sampling; its components are the given ones
     device,
+    judges=(), # further feature networks
 )->Run:
     "Score weights that others have trained on the test split of phase 2, once."
     published = find_architecture(model).published
@@ -241,5 +250,5 @@ def run_pretrained(
     if missing_rows(run, trainee, 1, chosen):
         networks = {n: net.to(device).eval() for n, net in published.load(external, names, photos.side).items()}
         trainee.net = networks.pop(model)
-        score(run, trainee, photos, feature_net, chosen, device, networks)
+        score(run, trainee, photos, feature_net, chosen, device, networks, judges=judges)
     return run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_SPLIT', 'SAMPLES', 'gray_baseline', 'features_of', 'lightness_modes', 'retry_on_oom', 'sample_rows',
-           'evaluate', 'evaluate_real', 'reconstruction']
+           'evaluate', 'score_samples', 'evaluate_real', 'reconstruction']
 
 # %% ../nbs/43_evaluate.ipynb #57b8c238
 import io, time, zipfile
@@ -21,6 +21,7 @@ from .color import lab_to_rgb, to_uint8, transfer_lightness, unscale_lab
 from .core import ProgressBar, file_lock, make_generator, runs_dir, write_bytes
 from .distributed import all_gather_object
 from .intervals import summarize
+from .judges import SAMPLED_PHOTOS, SAMPLES_EACH, compare_samples, judge_scores, sample_columns
 from .metrics import image_scores
 from .photos import Photos
 from .train import out_of_memory
@@ -99,11 +100,13 @@ class _ModeScores:
     per_image:list=field(default_factory=list) # dicts of image_scores
     features:list=field(default_factory=list) # (B,D), on the CPU
     probabilities:list=field(default_factory=list) # (B,K), on the CPU
+    judged:dict=field(default_factory=dict) # judge's name -> a pair (features, probabilities) per batch
 
     def measure(self,
         pixels:Tensor, # (B,3,H,W) uint8, colorized
         real:Tensor, # (B,3,H,W) in [0,1], the photographs
         feature_net,
+        judges=(), # further feature networks
     ):
         "Add the scores and features of a batch."
         fake = pixels.float()/255
@@ -111,12 +114,17 @@ class _ModeScores:
         features, probabilities = feature_net(fake)
         self.features.append(features.cpu())
         self.probabilities.append(probabilities.cpu())
+        for judge in judges:
+            found = tuple(part.cpu() for part in judge(fake))
+            self.judged.setdefault(judge.network_name, []).append(found)
 
     def extend(self, other):
         "Append another process's batches."
         self.per_image += other.per_image
         self.features += other.features
         self.probabilities += other.probabilities
+        for name, batches in other.judged.items():
+            self.judged.setdefault(name, []).extend(batches)
 
 # %% ../nbs/43_evaluate.ipynb #e1a50008
 def _row(found, real, other, network_name, seed, summarize): # of one lightness mode, for metrics.csv
@@ -124,6 +132,13 @@ def _row(found, real, other, network_name, seed, summarize): # of one lightness 
     per_image = {name: np.concatenate([np.asarray(batch[name]) for batch in found.per_image]) for name in names}
     fake = torch.cat(found.features), torch.cat(found.probabilities)
     return summarize(per_image, fake, real, other, network_name, seed)
+
+def _judged_columns(found, real, seed): # of one lightness mode; real: judge's name -> (features, probabilities)
+    columns = {}
+    for name, batches in found.judged.items():
+        fake = tuple(torch.cat(parts) for parts in zip(*batches))
+        columns |= judge_scores(fake, real[name], name, seed)
+    return columns
 
 # %% ../nbs/43_evaluate.ipynb #c01bc2ab
 def retry_on_oom(
@@ -159,13 +174,13 @@ class _Findings:
     modes:dict # lightness mode -> _ModeScores
     samples:list # (H,W,3) uint8 arrays, in the order of the photographs
 
-def _score_batches(colorized, modes, feature_net, kept): # -> _Findings; `kept` are the indices of the samples
+def _score_batches(colorized, modes, feature_net, kept, judges): # -> _Findings; `kept` are the indices of the samples
     found = _Findings({mode: _ModeScores() for mode in modes}, [])
     for batch, rgb in colorized:
         for mode in modes:
             as_made = mode == modes[0]
             pixels = to_uint8(rgb if as_made else transfer_lightness(batch['rgb'], rgb))
-            found.modes[mode].measure(pixels, batch['rgb'], feature_net)
+            found.modes[mode].measure(pixels, batch['rgb'], feature_net, judges)
             if as_made:
                 images = pixels.permute(0, 2, 3, 1).cpu().numpy()
                 found.samples += [image for image, i in zip(images, batch['index'].tolist()) if i in kept]
@@ -196,6 +211,7 @@ def evaluate(
     input_key:str='gray', # the picture of a batch that the function takes; 'rgb' for reconstructions
     noise_device='cpu', # where each image's random numbers are drawn; another device draws other numbers
     summarize=summarize, # function that makes a row of scores and features
+    judges=(), # further feature networks, see faic.judges
 )->tuple: # (lightness mode -> row for metrics.csv, samples (8,H,W,3) uint8)
     "Colorize a split and score it: PSNR, SSIM, chroma error, colorfulness, FID paired and unpaired, KID, IS."
     began = time.monotonic()
@@ -204,20 +220,49 @@ def evaluate(
                           total=-(-len(share.splits[split])//batch_size), leave=False)
     colorized = _colorized(colorize, batches, input_key, seed, noise_device)
     kept = set(rows[sample_rows(len(rows))].tolist())
-    first, *others = all_gather_object(_score_batches(colorized, lightness_modes(copies_lightness), feature_net, kept))
+    modes = lightness_modes(copies_lightness)
+    first, *others = all_gather_object(_score_batches(colorized, modes, feature_net, kept, judges))
     for found in others:
         first.samples += found.samples
         for mode, scores in first.modes.items():
             scores.extend(found.modes[mode])
     real = features_of(photos, split, feature_net, device)
     other = features_of(photos, REFERENCE_SPLIT[split], feature_net, device)
+    judged = {judge.network_name: features_of(photos, split, judge, device) for judge in judges}
     table = {}
     for mode, scores in first.modes.items():
         table[mode] = dict(split=split) | _row(scores, real, other, feature_net.network_name, seed, summarize)
+        table[mode] |= _judged_columns(scores, judged, seed)
     seconds = round(time.monotonic() - began, 2) # of the one pass that gave all rows
     for row in table.values():
         row['evaluation_seconds'] = seconds
     return table, np.stack(first.samples)
+
+# %% ../nbs/43_evaluate.ipynb #14f49233
+@torch.no_grad()
+def score_samples(
+    colorize, # function (gray, generators) -> rgb
+    photos:Photos,
+    split:str, # 'validation' or 'test'
+    gray_kind:str='lab', # the gray that the function takes
+    seed:int=0, # of each sample's random numbers, together with its index and number
+    device=torch.device('cpu'),
+    noise_device='cpu', # where the random numbers are drawn
+)->dict: # columns of metrics.csv; {} where a photograph always gets the same colors
+    "Score diversity and best of k on a few photographs."
+    rows = photos.splits[split]
+    few = replace(photos, splits={split: rows[sample_rows(len(rows), SAMPLED_PHOTOS)]})
+    def samples(batch, count): # of one photograph
+        index = int(batch['index'])
+        generators = [make_generator(seed, 'samples', index, i, device=noise_device) for i in range(count)]
+        return to_uint8(retry_on_oom(colorize, batch['gray'].expand(count, -1, -1, -1), generators))
+    first = next(iter(ordered_batches(few, split, 1, gray_kind, device)))
+    one, other = samples(first, 2)
+    if torch.equal(one, other):
+        return {}
+    compared = [compare_samples(samples(batch, SAMPLES_EACH), to_uint8(batch['rgb'])[0])
+                for batch in ordered_batches(_own_share(few, split), split, 1, gray_kind, device)]
+    return sample_columns([found for share in all_gather_object(compared) for found in share], seed)
 
 # %% ../nbs/43_evaluate.ipynb #689e10a5
 def evaluate_real(

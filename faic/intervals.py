@@ -123,7 +123,7 @@ def summarize(
     other, # the same of other photographs, any number, or None: unpaired FID
     network_name:str, # the feature network's
     seed:int=0, # of the resampling
-)->dict: # columns of METRICS and IMAGE_JUDGES, their ' low' and ' high', counts, dimension, IS splits and spread; or nan
+)->dict: # METRICS and IMAGE_JUDGES with ' low' and ' high', counts, dimension, IS splits and spread; nan where missing
     "One evaluation as one row of metrics.csv, with 95 % intervals (IS: mean -+ spread)."
     n = _count_images(per_image, fake, real)
     missing = (np.nan, np.nan, np.nan)
@@ -210,6 +210,7 @@ def interval_note(
     "The method behind each metric's interval, in a sentence."
     methods = {}
     for name in names:
-        methods.setdefault(INTERVALS.get(name, '95 %, BCa bootstrap over images'), []).append(name)
+        method = INTERVALS.get(name.partition(' (')[0], '95 %, BCa bootstrap over images')
+        methods.setdefault(method, []).append(name)
     phrases = [f"{', '.join(metrics)}: {method}" for method, metrics in methods.items()]
     return f"{where}: {'; '.join(phrases)}."

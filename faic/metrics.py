@@ -429,8 +429,8 @@ JUDGES = {
     'colorfulness difference per image': MetricSpec('lower', '', '.1f', False),
     'agreement': MetricSpec('higher', '', '.1%', True),
     'diversity': MetricSpec('', 'Lab', '.2f', False),
-    'chroma error, one of 4': MetricSpec('lower', 'Lab', '.2f', False),
-    'chroma error, best of 4': MetricSpec('lower', 'Lab', '.2f', False)}
+    'mean chroma error of 4': MetricSpec('lower', 'Lab', '.2f', False),
+    'least chroma error of 4': MetricSpec('lower', 'Lab', '.2f', False)}
 
 # %% ../nbs/08_metrics.ipynb #8598b618
 def column_name(

@@ -9,7 +9,7 @@ __all__ = ['Phase', 'Workplace', 'open_workplace', 'loop_arguments', 'discrimina
 
 # %% ../nbs/47_phases.ipynb #80afdffb
 import os, re, signal, subprocess, sys, tempfile, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from .components import baseline_run, prepare_components, study_photos
 from .core import ProgressBar, device_name, file_lock, pick_device, read_json, runs_dir, set_deterministic
 from .days import run_baselines, run_days, run_pretrained, study_run
 from .distributed import init_distributed, signal_at_parents_death
+from .judges import find_judges
 from .metrics import efficientnet_lite0
 from .parameters import notebook_parameters, resolve_sampling
 from .photos import Photos, describe
@@ -49,6 +50,7 @@ class Workplace:
     device:torch.device
     photos:Photos
     feature_net:object # of faic.metrics
+    judges:tuple=() # further feature networks, for the last day of phase 2
 
 def open_workplace(
     parameters, # checked, see notebook_parameters
@@ -200,11 +202,12 @@ def run_phase2(
     p = notebook_parameters(given, *given)
     launch_processes(p.processes, 'phase2', given) # several processes train it all; what follows finds it done
     place = open_workplace(p)
+    place = replace(place, judges=find_judges(place.device))
     phase1_budget = str(day_budget(preset, budget, model, 'phase1'))
     variant, reason = phase1_winner(model, preset, p.seed, place.photos, phase1_budget, p.latent, p.first_stage,
                                     p.seeds)
     print(f'{model}, variant {variant}: {reason}')
-    run_baselines('phase2', preset, place.photos, place.feature_net, place.device)
+    run_baselines('phase2', preset, place.photos, place.feature_net, place.device, place.judges)
     runs, sampling_names = train_winner(p, variant, place)
     pictures = baseline_pictures('phase2', preset, place)
     pictures |= {f'day {d}': np.load(sample_file(runs[0], d, sampling_names[0])) for d in range(1, DAYS + 1)}
@@ -227,14 +230,15 @@ def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed
             place.device, p.latent, p.first_stage, DAYS, **loop_options)
         run = study_run('phase2', p.model, variant, p.preset, seed, place.photos, budget, place.device, p.latent,
                         p.first_stage)
-        runs.append(run_days(run, place.photos, place.feature_net, sampling, place.device, components, **loop_options))
+        runs.append(run_days(run, place.photos, place.feature_net, sampling, place.device, components, place.judges,
+                             **loop_options))
         names.append(describe_sampling(sampling))
     return runs, names
 
 def score_pretrained(p, place:Workplace)->Run:
     "Score the checkpoints that came trained, once."
     return run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
-                          resolve_sampling(p.model, p), place.device)
+                          resolve_sampling(p.model, p), place.device, place.judges)
 
 # %% ../nbs/47_phases.ipynb #2cd50a4d
 def compare_days(

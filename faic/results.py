@@ -28,7 +28,7 @@ from .paper import PAPER_FIGURES
 from .parameters import notebook_parameters
 from .presets import (ARCHITECTURES, DAYS, PAPER_MODELS, components_of, day_budget, default_sampling,
                       find_architecture, make_trainee, model_options)
-from .score_tables import phase2_table, training_table, variants_table
+from .score_tables import judges_table, phase2_table, training_table, variants_table
 from .selection import RunSelection, all_models, select_runs
 from .tables import markdown_text, save_table
 from .time_tables import sizes_table, steps_table, times_table
@@ -94,6 +94,7 @@ def page_tables(selection:RunSelection)->dict: # file name -> Table
     further = {f'table_variants_{model}': variants_table(model, selection) for model in further_models(selection)}
     return {'table1': variants_table('Table I', selection), 'table2': variants_table('Table II', selection),
             'table3': variants_table('Table III', selection), **further, 'table_phase2': phase2_table(selection),
+            'table_judges': judges_table(selection),
             'table_training': training_table(selection),
             'table_sizes': sizes_table(selection, network_sizes(selection)),
             'table4': times_table(selection), 'table_steps': steps_table(selection)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_COLUMN', 'BASELINES', 'PHOTOGRAPHS_L', 'WORK_LINES', 'markdown_text', 'Table', 'save_table', 'Entry',
            'epochs_per_step', 'newest_day', 'run_entries', 'seed_entries', 'baseline_entries', 'format_value',
-           'text_or_status', 'score_view']
+           'text_or_status', 'metric_columns', 'score_view']
 
 # %% ../nbs/51_tables.ipynb #1c951797
 import re
@@ -222,19 +222,30 @@ def text_or_status(row:dict, column:str)->str:
     return text if isinstance(text, str) and text else 'n/a'
 
 # %% ../nbs/51_tables.ipynb #df0935c1
-def score_view(entries:list, network_name:str)->pd.DataFrame: # strings, an entry a column
+def _has_value(frame, column):
+    return column in frame and frame[column].notna().any()
+
+def metric_columns(network_name:str)->dict: # column of metrics.csv -> MetricSpec
+    "The columns of a score table; without a network their names alone."
+    return {column_name(name, network_name) if network_name else name: spec for name, spec in METRICS.items()}
+
+def score_view(
+    entries:list, # of Entry
+    network_name:str, # the feature network's; '' where nothing was scored
+    specs:dict=None, # column -> MetricSpec of the lines; default: those of METRICS that were scored
+)->pd.DataFrame: # strings, an entry a column
     "Lay out the entries of a score table as people read them."
     columns, second = _columns_and_second_rows([e for e in entries if e.status != 'seed'])
     frame, rows, lines = pd.DataFrame([e.row() for e in entries]), [e.row() for e in columns], {}
+    always = specs or ([] if network_name else ['FID'])
+    copied = frame[[e.other_lightness == 'photograph' for e in entries]]
     if frame[PAPER_COLUMN].notna().any():
         lines[PAPER_COLUMN] = ['n/a' if pd.isna(e.paper) else f'{e.paper:.2f}' for e in columns]
-    for name, spec in METRICS.items():
-        column = column_name(name, network_name) if network_name else name
+    for column, spec in (specs or metric_columns(network_name)).items():
         title = f'{column}, {spec.unit}' if spec.unit else column
-        scored = column in frame and frame[column].notna().any()
-        if scored or (name == 'FID' and not network_name):
+        if column in always or _has_value(frame, column):
             lines[title] = [format_value(row, column, spec.format) for row in rows]
-        if scored and second:
+        if second and _has_value(copied, column):
             lines[title + PHOTOGRAPHS_L] = [format_value(row, column, spec.format) for row in second]
     for column, title, spec in WORK_LINES:
         if column in frame and frame[column].notna().any():

@@ -24,6 +24,7 @@ def quick(tmp_path, monkeypatch):
     """A folder of runs of its own, and a feature network that costs nothing."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: QuarterColors())
+    monkeypatch.setattr(faic.phases, "find_judges", lambda device: ())
 
 
 def parameters(notebook):
@@ -87,6 +88,7 @@ import faic.phases
 from faic.results import make_results
 from feature_nets import QuarterColors
 faic.phases.efficientnet_lite0 = lambda device: QuarterColors()
+faic.phases.find_judges = lambda device: ()
 found = faic.phases.run_phase1("pix2pix", data=sys.argv[1], variants="default", budget="1 steps", device="cpu")
 print(found.messages)
 page = make_results(data=sys.argv[1], budget="1 steps")
@@ -100,4 +102,4 @@ def test_the_functions_need_no_jupyter(photographs, tmp_path):
     command = [sys.executable, "-c", WITHOUT_JUPYTER, str(photographs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "one variant alone wins nothing" in done.stdout, done.stderr[-2000:]
-    assert "8 tables 12 figures" in done.stdout and len(list((tmp_path / "figures").glob("*/figure*.png"))) == 12
+    assert "9 tables 12 figures" in done.stdout and len(list((tmp_path / "figures").glob("*/figure*.png"))) == 12
