@@ -21,7 +21,7 @@ from faic.runs import Run
 from faic.train import settle, train_step
 from faic.trainer import Trainer
 from faic.vqgan import VQModel
-from faic.vqgan_checkpoints import infer_config
+from faic.first_stages import infer_config
 
 PASS, LOSS, LOOP = 5e-5, 1e-5, 5e-4  # absolute: activations of one pass, losses, the last state of a sampling
 

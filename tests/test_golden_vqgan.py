@@ -15,7 +15,7 @@ import torch
 from golden import DEVICE, Golden, close, code_gap, first_stage, recipe, sets
 
 from faic.checkpoints import safe_load
-from faic.vqgan_checkpoints import ldm_model, load_ldm, save_ldm
+from faic.first_stages import ldm_model, load_ldm, save_ldm
 
 PASS = 5e-5  # absolute: activations of one pass
 

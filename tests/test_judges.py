@@ -90,7 +90,7 @@ def network(name, images):
     """Features and probabilities of a judge whose package may be missing here."""
     found = [judge for judge in find_judges() if judge.network_name.startswith(name)]
     if not found:
-        pytest.skip(f"the package with the weights of {name} is not installed; see nbs/10_judges.ipynb")
+        pytest.skip(f"the package with the weights of {name} is not installed; see nbs/34_judges.ipynb")
     return found[0], *found[0](images)
 
 
@@ -110,7 +110,7 @@ def test_lite2_knows_the_photographs():
 
 def test_vgg16_is_the_networks_first_four_blocks():
     """NumPy and SciPy compute one image's features from the file, in the package's own order of channels."""
-    h5py = pytest.importorskip("h5py", reason="h5py is not installed; see nbs/10_judges.ipynb")
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed; see nbs/34_judges.ipynb")
     judge, features, probabilities = network("VGG16", photographs()[:1, :, 20:36, 20:36].repeat(1, 1, 4, 4))
     x = np.tile(photographs()[0, :, 20:36, 20:36].numpy().astype(float), (1, 4, 4))[::-1] * 255
     x = x - np.array([104.00699, 116.66877, 122.67892])[:, None, None]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import faic.bbdm
 import faic.vqgan
-import faic.vqgan_checkpoints
+import faic.first_stages
 from faic.components import find_components, prepare_components
 from faic.core import Budget, runs_dir
 from faic.dataset import load_photos
@@ -127,7 +127,7 @@ def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypa
     photos, stage = load_photos(photographs), ""
     if latent == "f4":
         stage = str(tmp_path / "model.ckpt")
-        faic.vqgan_checkpoints.save_ldm(
+        faic.first_stages.save_ldm(
             faic.vqgan.VQModel(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=16), stage
         )
     components, sampling = prepare("phase1", photos, latent=latent, first_stage=stage)
@@ -141,7 +141,7 @@ def test_other_spaces_train_and_colorize(photographs, latent, tmp_path, monkeypa
 
 def test_first_stages_that_do_not_fit_are_refused_at_once(tmp_path):
     file = tmp_path / "model.ckpt"
-    faic.vqgan_checkpoints.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1), num_res_blocks=1, n_embed=16), file)
+    faic.first_stages.save_ldm(faic.vqgan.VQModel(ch=32, ch_mult=(1, 1), num_res_blocks=1, n_embed=16), file)
     wrong = [
         (file, "f4", "by the factor 2"),
         (tmp_path / "no.ckpt", "f4", "is no file"),

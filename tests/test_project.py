@@ -79,6 +79,8 @@ def test_papermill_notebooks_have_one_parameters_cell():
 
 
 def test_a_notebook_imports_only_from_smaller_numbers():
+    numbers = [nb.stem[:2] for nb in NOTEBOOKS if nb.stem[:2].isdigit()]
+    assert len(set(numbers)) == len(numbers)
     for nb in NOTEBOOKS:
         if not nb.stem[:2].isdigit():
             continue
