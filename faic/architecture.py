@@ -64,6 +64,7 @@ class Architecture:
     latents:dict=field(default_factory=dict) # space ('none': pixels, 'f4', ...) -> options, published first; {}: pixels
     external_latents:dict=field(default_factory=dict) # further options where the first stage comes from a file
     published:PublishedWeights=None # weights that others have trained
+    training_only:tuple=() # names of networks that colorizing does not need, e.g. discriminators
     drawings:dict=field(default_factory=dict) # file name -> function of a `Sizes` that draws a figure of the networks
 
 # %% ../nbs/13_architecture.ipynb #31c59d89

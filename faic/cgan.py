@@ -410,4 +410,5 @@ ARCHITECTURE = Architecture(
     colorizer=_colorizer,
     sampling=dict(statistics='image'),
     parameters=_parameters,
+    training_only=('critic',),
 )

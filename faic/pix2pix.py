@@ -439,4 +439,5 @@ ARCHITECTURE = Architecture(
     parameters=_parameters,
     latents={'none': {}, 'f4': dict(SPACES['f4'], normalize=True)},
     external_latents=dict(normalize=False),
+    training_only=('D',),
 )

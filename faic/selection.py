@@ -130,6 +130,9 @@ def _has_seeds(run): # does the study train it once per seed?
     trained = o['phase'] in ('phase1', 'phase2', 'component')
     return trained and o['model'] != 'baseline' and o.get('variant') != 'pretrained'
 
+def _is_for_release(run): # trained for hours by tests/trials/release.py, outside of the study
+    return run.options.get('of', run.options['phase']) == 'release'
+
 def _is_seed_of_page(run, seed, seeds): # of a page that shows seed, seed + 1, ...
     if run.options['model'] == 'baseline':
         return True
@@ -191,7 +194,7 @@ def select_runs(
     "Choose the runs of one preset, data set and budget, with one seed or several."
     found = [run for run in read_runs(preset=preset)
              if _data(run).get('name') == data and _is_seed_of_page(run, seed, seeds)
-             and treats_gray(run, gray_photographs)]
+             and treats_gray(run, gray_photographs) and not _is_for_release(run)]
     found.sort(key=_made, reverse=True)
     fingerprint = _data(found[0])['fingerprint'] if found else None
     found.sort(key=lambda run: run.options['phase'] == 'component') # components last; the others stay newest first

@@ -35,7 +35,7 @@ class RunState(StrEnum):
 
 def phase_days(run:Run)->int:
     "Return the number of days of a run; a component trains for one."
-    return PHASE_DAYS.get(run.options['phase'], 1)
+    return run.options.get('slices') or PHASE_DAYS.get(run.options['phase'], 1)
 
 # %% ../nbs/56_status.ipynb #5be1c3a1
 def was_interrupted(
