@@ -37,6 +37,7 @@ setup(
     url=settings["git_url"],
     cmdclass={"build_py": BuildPy},
     packages=find_packages(include=["faic", "faic.*"]),
+    package_data={"faic": ["weights/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={

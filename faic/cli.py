@@ -172,7 +172,7 @@ def budgets(preset, hours):
 @click.option('-o', '--out', default='',
               help="Folder for the results; default: '<folder>-colorized' beside the photograph's folder.")
 @click.option('--model', default='',
-              help='An architecture, a run folder or its name; default: the newest run of phase 2.')
+              help='An architecture, a run folder or its name; default: the released model, else the newest run.')
 @click.option('--strength', default=1., show_default=True, type=click.FloatRange(0, 1),
               help='Saturation: 0 is gray, 1 the answer as it is.')
 @click.option('--samples', default=1, show_default=True, type=click.IntRange(1, 99),

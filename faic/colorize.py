@@ -29,6 +29,7 @@ from .image_files import UnsupportedImage, read_image
 from .parameters import boolean, notebook_parameters, resolve_sampling
 from .photos import is_result, list_files
 from .presets import make_colorizer, make_trainee
+from .released import choose_released, open_released
 from .resume import load_weights
 from .runs import Run, read_runs
 from .selection import find_run, last_day, model_key
@@ -195,27 +196,32 @@ def _move_to_free_name(file, target): # a rename would replace what another prog
 # %% ../nbs/63_colorize.ipynb #1178b9c0
 @dataclass(frozen=True)
 class RunColorizer:
-    "A trained run, ready to colorize."
-    run:Run
-    day:int # whose weights it uses
+    "Trained weights, of a run or released ones, ready to colorize."
+    run:Run # None: released weights
+    day:int # of the run, whose weights it uses; 0: released weights
     colorize:Callable # (gray, generators) -> rgb
     side:int # of the model, px
     gray_kind:str
     device:torch.device
-    made_with:dict # what its answers depend on: run, day, hashes of the weights and of the sampling
+    made_with:dict # what its answers depend on: run and day, or the released model; hashes of the weights and of the sampling
 
     def __call__(self, photo:Image.Image, generator:torch.Generator=None, **options)->Image.Image:
         "Colorize an RGB photograph in place; frame, strength and upsampling as in `colorize_rgb`."
         return colorize_rgb(self.colorize, photo, self.side, self.gray_kind, generator, self.device, **options)
 
-    def describe(self)->str: # 'phase2-bbdm-laptop-s0-69d0bc, day 5, on cpu'
-        return f"{self.made_with['run']}, day {self.day}, on {self.device}"
+    def describe(self)->str: # 'phase2-bbdm-laptop-s0-69d0bc, day 5, on cpu' or 'released pix2pix, on cpu'
+        day = f', day {self.day}' if self.day else ''
+        return f"{self.made_with['run']}{day}, on {self.device}"
+
+    @property
+    def caution(self)->str: # a sentence that must accompany its answers, or ''
+        return self.run.options['made'].get('caution', '') if self.run else ''
 
 # %% ../nbs/63_colorize.ipynb #49a0f04d
 def choose_run(
-    model:str='', # an architecture, a run's folder or its name; '': the default
+    model:str='', # an architecture, a run's folder or its name; '': the newest run
 )->Run: # ValueError where there is none
-    "Choose the run that colorizes: by default the newest of phase 2, of an architecture its newest."
+    "Choose the run that colorizes where no released model does: the newest of phase 2, of an architecture its newest."
     def suits(run):
         return model in (run.options['model'], model_key(run.options)) and any(run.path.glob('day-*.safetensors'))
     found = [run for run in read_runs(phase='phase2') if suits(run)]
@@ -225,21 +231,29 @@ def _time_made(run): # in ISO format
     return run.options['made']['time']
 
 def open_run_colorizer(
-    model:str='', # see choose_run
+    model:str='', # see choose_released and choose_run
     device='cpu',
-    first_stage:str='', # the file, if the run was trained with one
+    first_stage:str='', # the file, if the run was trained with one; it asks for a run
     parameters=None, # of a notebook, see resolve_sampling; None: the preset's sampling
 )->RunColorizer:
-    "The newest weights of a run; an error says what is missing."
+    "Released weights, or the newest weights of a run; an error says what is missing."
+    released = '' if first_stage else choose_released(model)
+    if released:
+        return _open_released_colorizer(released, device, parameters)
     found = choose_run(model)
-    day, weights = last_day(found)
-    o = found.options
+    o, (day, weights) = found.options, last_day(found)
     sampling = resolve_sampling(o['model'], parameters or SimpleNamespace(), o['preset'])
     components = find_components(found, sampling, device, first_stage)
     trainee = load_weights(make_trainee(o['model'], o['train'], components=components), weights, device)
     colorize = make_colorizer(o['model'], trainee, sampling, components)
     made_with = dict(run=found.path.name, day=day, weights=_identity(weights), sampling=short_hash(sampling))
     return RunColorizer(found, day, colorize, o['train']['side'], trainee.gray_kind, device, made_with)
+
+def _open_released_colorizer(name, device, parameters):
+    found = open_released(name, device)
+    sampling = resolve_sampling(found.about['model'], parameters or SimpleNamespace(), sampling=found.about['sampling'])
+    made_with = dict(run=f'released {name}', weights=_identity(found.path), sampling=short_hash(sampling))
+    return RunColorizer(None, 0, found.colorizer(sampling), found.side, found.trainee.gray_kind, device, made_with)
 
 # %% ../nbs/63_colorize.ipynb #edf04c7b
 @dataclass(frozen=True)
@@ -279,7 +293,7 @@ def colorize_parameters(
 # %% ../nbs/63_colorize.ipynb #6f21b563
 def run_colorize(
     photo:str='', # a photograph, a folder of them, or a list of such paths
-    model:str='', # an architecture, a run's folder or its name; '': see choose_run
+    model:str='', # an architecture, a run's folder or its name; '': see choose_released and choose_run
     out:str='', # folder for the results; '' makes '<folder>-colorized' beside the photograph's folder
     seed:int=0, # of the model's random choices
     device:str='auto', # auto, cpu, cuda, cuda:1

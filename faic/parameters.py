@@ -243,9 +243,10 @@ def resolve_sampling(
     model:str,
     parameters, # of a notebook, see notebook_parameters
     preset:str='', # '': the parameters name it
+    sampling:dict=None, # that is changed; None: the preset's
 )->dict:
     "A model's sampling, changed by a notebook's parameters; the parameters of other models are ignored."
-    sampling = default_sampling(model, preset or parameters.preset)
+    sampling = default_sampling(model, preset or parameters.preset) if sampling is None else dict(sampling)
     for name, value in vars(parameters).items():
         if name in sampling and value != '' and (name, value) != ('sample_steps', 0):
             sampling[name] = value

@@ -10,6 +10,7 @@ import pytest
 FOLDERS = tempfile.TemporaryDirectory(prefix="faic-tests-")  # no test sees or touches a real run
 os.environ["FAIC_RUNS"] = f"{FOLDERS.name}/runs"
 os.environ["FAIC_FIGURES"] = f"{FOLDERS.name}/figures"
+os.environ["FAIC_WEIGHTS"] = f"{FOLDERS.name}/weights"  # and none the released weights, unless it names them
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 # The files that take longest, longest first: with two workers neither of them waits long for the other at the end.

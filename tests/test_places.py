@@ -251,6 +251,8 @@ def installed(tmp_path_factory):
         shutil.copytree(ROOT / name, place / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "setup.py"):
         shutil.copy(ROOT / name, place / "source")
+    (place / "source" / "faic" / "weights").mkdir(exist_ok=True)
+    (place / "source" / "faic" / "weights" / "small.md").write_text("a card")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", place, place / "source"]
     subprocess.run(build, check=True)
@@ -268,6 +270,7 @@ def test_a_wheel_brings_its_notebooks_and_writes_into_the_current_folder(install
     for variable in ("FAIC_RUNS", "FAIC_FIGURES", "PYTHONPATH"):
         monkeypatch.delenv(variable, raising=False)
     (package,) = installed.parents[1].glob("lib/python*/site-packages/faic")
+    assert (package / "weights" / "small.md").read_text() == "a card"
     for name in PAPERMILL:
         assert (package / "notebooks" / f"{name}.ipynb").read_bytes() == (ROOT / "nbs" / f"{name}.ipynb").read_bytes()
 

@@ -54,7 +54,10 @@ def test_package_is_a_fresh_export(copy):
     for f in (copy / "faic").glob("*.py"):
         if f.name != "__init__.py":
             f.unlink()
+    (copy / "faic" / "weights").mkdir(exist_ok=True)
+    (copy / "faic" / "weights" / "default.txt").touch()
     assert run("nbdev_export", cwd=copy).returncode == 0
+    assert (copy / "faic" / "weights" / "default.txt").exists()
     assert not differing(copy / "faic", ROOT / "faic", "*.py"), "run nbdev_export and commit faic/"
 
 

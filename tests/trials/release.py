@@ -16,7 +16,7 @@ Networks that sampling needs, such as ColTran's color upsampler, are trained fir
 
 `status` prints a line for each training. `choose` prints the checkpoints of a model, the best one first. `write` puts
 the best one into `faic/weights/`: `<model>.safetensors` in half precision, its card `<model>.md` and `<model>.json`,
-and the pictures of 30 free photographs, `<model>.png`. It scores what it wrote on 1000 test photographs. It replaces
+and the pictures of 30 free photographs, `<model>.jpg`. It scores what it wrote on 1000 test photographs. It replaces
 nothing without `--replace`. It also names the default model in `default.txt`.
 
 **The rule**, fixed before any training. Checkpoints of a model are ranked twice on validation: by KID
@@ -40,8 +40,8 @@ Batch 16. The published rebalancing of rare colors stays, which makes the answer
 
 palette-modern, 3.04 million (channels 16, four levels, attention at 8x8). It generates chroma alone: the network
 spends nothing on lightness. The preset's 32 channels at 64x64 cost most of a step and serve sharp edges, which come
-from the photograph's lightness here. Half as wide with a level more, it sees several times the photographs, and keeps
-its numbers for what a photograph shows.
+from the photograph's lightness here. Half as wide with a level more, it sees more than twice the photographs in the
+same time, and keeps its numbers for what a photograph shows.
 
 coltran, 0.31 + 0.06 million (dim 48). Small, as each of its 4096 pixels costs a step when it samples. The color
 upsampler gets a quarter of the steps.
@@ -54,19 +54,24 @@ steps. The conditional GAN and the published Palette are left out: Pix2Pix and t
 """
 
 import argparse
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
+from release_card import card_text, make_card, picture, read_cards
 from throughput import option_value
 
-from faic.components import data_notes, data_options, load_component, make_trainer, study_photos
-from faic.core import Budget, set_deterministic
+from faic.components import component_weights, data_notes, data_options, load_component, make_trainer, study_photos
+from faic.core import Budget, runs_dir, set_deterministic, write_bytes, write_json
+from faic.dataset import load_photos
 from faic.days import eval_batch_size
 from faic.evaluate import evaluate, sample_rows
 from faic.judges import efficientnet_lite2
 from faic.metrics import column_name, efficientnet_lite0
 from faic.presets import PRESETS, components_of, default_sampling, make_colorizer, make_trainee, model_options
+from faic.released import open_weights, pack_release, released_models, weights_dir
 from faic.resume import load_weights, work_done
 from faic.runs import evaluated, is_locked, keep_samples, open_run, read_runs
 from faic.selection import space_options
@@ -74,6 +79,7 @@ from faic.trainer import train_day
 
 CPU = torch.device("cpu")
 KID, AGREEMENT = column_name("KID", "EfficientNet-Lite0"), column_name("agreement", "EfficientNet-Lite2")
+MOST, MOST_TOGETHER = 8_000_000, 24_000_000  # bytes of a released file, and of all
 AVERAGE = dict(decay=0.999, start=0.02, every=1)
 
 
@@ -235,6 +241,70 @@ def status(args):
             print(f"  best   {slice_line(metrics, ranked(metrics)['day'].iloc[0])}")
 
 
+def photos_to_test(run, most):
+    """The photographs of a run, with at most so many of the test split; its prepared copy must be in FAIC_RUNS."""
+    data = run.options["data"]
+    folders = ["embedded", *map(str, runs_dir().glob(f"data-{data['name']}-{data['side']}-*"))]
+    for folder in folders if data["name"] == "embedded" else folders[1:]:
+        photos = load_photos(folder, data["side"], gray_photographs=data.get("gray_photographs", "leave out"))
+        if photos.fingerprint == data["fingerprint"]:
+            rows = photos.splits["test"]
+            return replace(photos, splits=photos.splits | dict(test=rows[sample_rows(len(rows), most)]))
+    raise SystemExit(f"FAIC_RUNS has no prepared copy of {data['name']} that {run.path.name} was trained on")
+
+
+def load_chosen(model):
+    """The best checkpoint of a model: (its run, its row of metrics, the trainee, component -> (network, options))."""
+    chosen = checkpoints(model).iloc[0]
+    (run,) = (r for r in read_runs(phase="release", model=model) if r.path.name == chosen["run"])
+    components = {}
+    for name, digits in run.options.get("components", {}).items():
+        (own,) = (r for r in read_runs(phase="component", model=name) if r.path.name.endswith(digits))
+        components[name] = load_component(component_weights(own), own, CPU), own.options["train"]
+    networks = {name: network for name, (network, _) in components.items()}
+    trainee = make_trainee(model, run.options["train"], components=networks)
+    return run, chosen, load_weights(trainee, run.path / f"day-{chosen['day']}.safetensors", CPU), components
+
+
+def write(args):
+    """Write the best checkpoint of a model with its card into the folder of released weights."""
+    targets = {ending: weights_dir() / f"{args.model}.{ending}" for ending in ("safetensors", "json", "md", "jpg")}
+    taken = [str(file) for file in targets.values() if file.exists()]
+    if taken and not args.replace:
+        raise SystemExit(f"{', '.join(taken)}: there already; --replace replaces them")
+    run, chosen, trainee, components = load_chosen(args.model)
+    sampling = default_sampling(args.model, run.options["preset"])
+    sampling.pop("precision", None)  # float32 gives the same picture on every CPU
+    content = pack_release(
+        args.model, trainee, run.options["train"], sampling, components, step=int(chosen["step"]), run=run.path.name
+    )
+    others = sum(f.stat().st_size for f in weights_dir().glob("*.safetensors") if f.stem != args.model)
+    if len(content) > MOST or others + len(content) > MOST_TOGETHER:
+        raise SystemExit(f"{len(content):,} bytes, and {others:,} in other files; at most {MOST:,}, {MOST_TOGETHER:,}")
+    photos, networks = photos_to_test(run, args.tested), (efficientnet_lite0(CPU), efficientnet_lite2(CPU))
+    with tempfile.TemporaryDirectory() as folder:
+        opened = open_weights(write_bytes(Path(folder) / f"{args.model}.safetensors", content))
+        weakness = RECIPES[args.model].weakness
+        card = make_card(opened, run, chosen, photos, networks, content, weakness, (KID, AGREEMENT))
+        pictures = picture(opened)
+    default = best_card(read_cards(weights_dir()) | {args.model: card})
+    write_bytes(targets["jpg"], pictures)
+    write_bytes(targets["md"], card_text(args.model, card).encode())
+    write_json(targets["json"], card)
+    write_bytes(targets["safetensors"], content)
+    write_bytes(weights_dir() / "default.txt", f"{default}\n".encode())
+    print(*targets.values(), f"default: {released_models()[0]}", sep="\n")
+
+
+def best_card(cards):
+    """The name of the released model that wins by the rule on validation."""
+    rows = [dict(name=name, step=card["steps"], **card["validation"]) for name, card in cards.items()]
+    table = pd.DataFrame(rows)
+    if len(table[["n", "fingerprint"]].drop_duplicates()) > 1:
+        raise SystemExit("the released models were chosen on different photographs; write them again")
+    return ranked(table)["name"].iloc[0]
+
+
 def parse(words):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,6 +321,10 @@ def parse(words):
     begin.add_argument("--component", type=changes_of, default={}, help="changed options of its components")
     commands.add_parser("status", help="a line for each training")
     commands.add_parser("choose", help="the checkpoints by the rule").add_argument("model", choices=RECIPES)
+    ready = commands.add_parser("write", help="the best checkpoint becomes a released file with its card")
+    ready.add_argument("model", choices=RECIPES)
+    ready.add_argument("--replace", action="store_true", help="what is there already")
+    ready.add_argument("--tested", type=int, default=1000, help="test photographs that are scored, at most")
     args = parser.parse_args(words)
     if args.command == "train":
         args.slices = args.slices or RECIPES[args.model].slices
@@ -261,7 +335,7 @@ def parse(words):
 def main(words=None):
     args = parse(words)
     torch.set_num_threads(1)
-    {"train": train, "status": status, "choose": choose}[args.command](args)
+    {"train": train, "status": status, "choose": choose, "write": write}[args.command](args)
 
 
 if __name__ == "__main__":

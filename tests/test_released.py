@@ -1,0 +1,188 @@
+"""Weights for release: trained, chosen and written by one script, opened and used by `faic colorize`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from feature_nets import QuarterColors
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import faic.released
+from faic.colorize import open_run_colorizer
+from faic.presets import default_sampling, make_trainee, model_options
+from faic.released import choose_released, open_released, open_weights, pack_release, released_models
+
+TRIALS = Path(__file__).resolve().parent / "trials"
+sys.path.insert(0, str(TRIALS))
+
+import release  # noqa: E402
+import release_card  # noqa: E402
+
+SMALL = {
+    "pix2pix": dict(width=4),
+    "classifier": dict(width=2),
+    "palette-modern": dict(channels=8),
+    "bbdm": dict(channels=16),
+    "coltran": dict(dim=8, ff=8),
+}
+
+
+def small_release(model, folder, seed=0):
+    """A released file of an untrained model, and the model."""
+    options = model_options(model, "laptop") | SMALL[model]
+    components = {}
+    if model == "coltran":
+        own = model_options("coltran_color", "laptop") | SMALL[model]
+        components["coltran_color"] = make_trainee("coltran_color", own, seed).networks()["net"], own
+    networks = {name: network for name, (network, _) in components.items()}
+    trainee = make_trainee(model, options, seed, networks)
+    sampling = default_sampling(model, "laptop") | dict(precision="float32")
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{model}.safetensors"
+    file.write_bytes(pack_release(model, trainee, options, sampling, components))
+    return file, trainee
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """An empty folder of released weights, and one of runs."""
+    monkeypatch.setenv("FAIC_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A gray photograph."""
+    file = tmp_path / "grandmother.png"
+    Image.fromarray((np.indices((40, 60)).sum(0) + 80).astype(np.uint8)).save(file)
+    return file
+
+
+# the files
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_a_file_gives_each_weight_back_in_half_precision(model, weights):
+    """What only training needs is left out; the rest is exactly the rounded number."""
+    file, trainee = small_release(model, weights, seed=3)
+    opened = open_weights(file)
+    needed = [n for n in trainee.networks() if n not in ("D", "critic")]
+    stored = load_file(file)
+    assert {name.split(".")[1] for name in stored if name.startswith(f"{model}.")} == set(needed)
+    for name in needed:
+        ours, theirs = trainee.networks()[name].state_dict(), opened.trainee.networks()[name].state_dict()
+        for key, tensor in ours.items():
+            expected = tensor.half().float() if tensor.is_floating_point() else tensor
+            assert theirs[key].dtype == tensor.dtype and torch.equal(theirs[key], expected), key
+    assert opened.side == 64 and set(opened.components) == ({"coltran_color"} if model == "coltran" else set())
+    if model in ("pix2pix", "classifier"):
+        rgb = opened.colorizer()(torch.full((1, 1, 64, 64), 0.5), None)
+        assert rgb.shape == (1, 3, 64, 64) and rgb.isfinite().all()
+
+
+def test_what_does_not_fit_is_named(weights):
+    with pytest.raises(ValueError, match="no released weights in .*weights; train a model with phase2.ipynb"):
+        open_released()
+    file, trainee = small_release("classifier", weights)
+    with pytest.raises(ValueError, match="no released weights of 'bbdm'; expected one of classifier"):
+        open_released("bbdm")
+    about, tensors = faic.released.read_release(file)
+    metadata = dict(faic=json.dumps(about))
+    missing = {k: v for k, v in tensors.items() if k != "classifier.net.model1.0.bias"}
+    save_file(missing, file, metadata)
+    with pytest.raises(ValueError, match=r"does not fit this ECCV16.\nmissing: \['model1.0.bias'\]"):
+        open_released("classifier")
+    save_file(tensors | {"vgg.net.bias": torch.zeros(1)}, file, metadata)
+    with pytest.raises(ValueError, match="no network takes vgg.net.bias; expected classifier.net"):
+        open_released("classifier")
+    for content in (b"", b"no weights", Path(file).read_bytes()[:-40]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="classifier.safetensors is damaged or holds no released weights"):
+            open_released("classifier")
+    trainee.net.model1[0].weight.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match="numbers up to 100000; half precision ends at 65504"):
+        pack_release("classifier", trainee, {}, {})
+
+
+def test_the_released_default_comes_first_and_runs_are_asked_for_by_name(weights):
+    assert released_models() == [] and choose_released() == choose_released("pix2pix") == ""
+    for model in ("classifier", "pix2pix"):
+        small_release(model, weights)
+    assert released_models() == ["classifier", "pix2pix"]
+    (weights / "default.txt").write_text("pix2pix\n")
+    assert released_models() == ["pix2pix", "classifier"]
+    chosen = {model: choose_released(model) for model in ("", "classifier", "bbdm", "runs/phase2-pix2pix-0")}
+    assert chosen == {"": "pix2pix", "classifier": "classifier", "bbdm": "", "runs/phase2-pix2pix-0": ""}
+    assert open_run_colorizer().describe() == "released pix2pix, on cpu" and not open_run_colorizer().caution
+    assert open_run_colorizer("classifier").made_with["run"] == "released classifier"
+    for asked in (dict(model="bbdm"), dict(first_stage="model.ckpt")):
+        with pytest.raises(ValueError, match="run"):
+            open_run_colorizer(**asked)
+
+
+# from training to a photograph
+
+
+def test_the_rule_takes_the_best_mean_rank_and_of_equal_ones_the_earlier():
+    table = pd.DataFrame({release.KID: [0.04, 0.03, 0.02, 0.02], release.AGREEMENT: [0.5, 0.6, 0.5, 0.4]})
+    found = release.ranked(table.assign(step=[1, 2, 3, 4]))
+    assert list(found["step"]) == [3, 2, 4, 1] and list(found["mean rank"]) == [1.5, 2, 2.5, 3]
+    equal = pd.DataFrame({release.KID: [0.02, 0.03, 0.02], release.AGREEMENT: [0.5, 0.6, 0.5], "step": [9, 7, 8]})
+    assert list(release.ranked(equal)["step"]) == [8, 9, 7]
+
+
+def quick_network(name):
+    """A feature network that costs nothing, under the name of one that the rule needs."""
+
+    def make(device):
+        network = QuarterColors()
+        network.network_name = name
+        return network
+
+    return make
+
+
+def test_two_slices_become_a_release_that_colorizes(weights, photo, tmp_path, monkeypatch, capsys):
+    """Train, be killed, train on, choose, write; then the command colorizes in a process without network."""
+    monkeypatch.setattr(release, "efficientnet_lite0", quick_network("EfficientNet-Lite0"))
+    monkeypatch.setattr(release, "efficientnet_lite2", quick_network("EfficientNet-Lite2"))
+    monkeypatch.setattr(release_card, "SHOWN", 3)
+    words = ["embedded", "--slices", "2", "--steps", "3", "--scored", "6", "--set", "width=2;batch_size=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(release, "score_slice", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            release.main(["train", "classifier", *words])
+    release.main(["train", "classifier", *words])
+    (run,) = (tmp_path / "runs").glob("release-classifier-laptop-s0-*")
+    scores = pd.read_csv(run / "metrics.csv")
+    assert list(scores["day"]) == [1, 2] and list(scores["step"]) == [3, 6]
+    release.main(["status"])
+    release.main(["choose", "classifier"])
+    assert "finished, 2 of 2 slices, 2 scored" in capsys.readouterr().out
+
+    release.main(["write", "classifier", "--tested", "4"])
+    written = sorted(file.name for file in weights.iterdir())
+    assert written == [*(f"classifier.{ending}" for ending in ("jpg", "json", "md", "safetensors")), "default.txt"]
+    card = (weights / "classifier.md").read_text()
+    assert str(tmp_path) not in card
+    for words in ("120 photographs of embedded", "agreement (EfficientNet-Lite2)", "Of 4 test photographs", "license"):
+        assert words in card
+    with pytest.raises(SystemExit, match="there already; --replace replaces them"):
+        release.main(["write", "classifier"])
+
+    shutil.rmtree(tmp_path / "runs")
+    offline = os.environ | dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-m", "faic", "colorize", photo, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=offline)
+    assert done.returncode == 0 and "released classifier, on cpu: 1 colorized" in done.stderr, done.stderr
+    answer = np.asarray(Image.open(tmp_path / "out" / "grandmother.png").convert("RGB")).astype(int)
+    assert answer.shape == (40, 60, 3) and np.ptp(answer, axis=2).max() > 0
