@@ -18,8 +18,8 @@ from .notes import caution, credits, fewer_seeds, one_seed, provenance_line, run
 from .paper import PAPER_FID, PAPER_FIGURES
 from .presets import ARCHITECTURES
 from .runs import Run, primary_rows, read_samples
-from .selection import (RunSelection, all_models, daily_scores, model_name, seeds_text, selection_network,
-                            steps_runs, winner_of)
+from .selection import (TRAINED_BEFORE, RunSelection, all_models, daily_scores, model_name, seeds_text,
+                            selection_network, steps_runs, winner_of)
 from .tables import BASELINES, format_value, newest_day
 from .time_tables import steps_table
 
@@ -29,7 +29,7 @@ def day_curves(
     network_name:str, # of the feature network
     names=('FID', 'PSNR', 'SSIM', 'IS'), # metrics, a panel each
     baselines:dict={}, # name -> row of metrics, a dotted line
-    trained:dict={}, # name -> row of metrics, a dashed line in the model's color
+    trained:dict={}, # (name, 'pre-trained' or 'released') -> row of metrics, a dashed line in the model's color
     title:str='',
     footer=(), # sentences under the figure
 ):# -> matplotlib Figure
@@ -74,9 +74,10 @@ def _draw_references(ax, column, models, baselines, trained): # dotted and dashe
         color = '.25' if name == BASELINES['gray'] else 'tab:olive'
         if pd.notna(row.get(column)):
             ax.axhline(row[column], ls=':', lw=1, color=colors.get(name, color), label=name)
-    for name, row in trained.items():
+    for (name, word), row in trained.items():
         if pd.notna(row.get(column)):
-            ax.axhline(row[column], ls='--', lw=1, color=colors.get(name, 'tab:olive'), label=f'{name}, pre-trained')
+            dashes = '--' if word == 'pre-trained' else (0, (8, 3))
+            ax.axhline(row[column], ls=dashes, lw=1, color=colors.get(name, 'tab:olive'), label=f'{name}, {word}')
 
 def _label_panel(ax, name, column, models):
     days = {day for table in models.values() if 'day' in table for day in table['day']}
@@ -90,7 +91,8 @@ def figure7(selection:RunSelection):# -> matplotlib Figure
     network_name, models = selection_network(selection), all_models(selection)
     curves = {model_name(m): _with_spread(daily_scores(selection, 'phase2', m)) for m in models}
     baselines = {name: selection.find('phase2', 'baseline', subject) for subject, name in BASELINES.items()}
-    trained = {model_name(m): selection.find('phase2', m, 'pretrained') for m in models}
+    trained = {(model_name(m), word): selection.find('phase2', m, variant)
+               for m in models for variant, word in TRAINED_BEFORE.items()}
     notes = _band_notes(selection, models, network_name)
     if baselines[BASELINES['real']]:
         notes.append(f'"{BASELINES["real"]}", dotted in the panel of IS: the IS of the test photographs themselves. '
@@ -147,10 +149,12 @@ def _fid_line(row, network_name): # for the title of a column
     fid = format_value(row, column_name('FID', network_name), METRICS['FID'].format)
     return f'\nFID {fid}'.replace(' [', '\n[')
 
-def _trained_samples(run, network_name): # a column of a model that came trained, where there is one
-    if not run:
-        return {}
-    return {'pre-trained' + _fid_line(primary_rows(run).iloc[-1], network_name): read_samples(run)}
+def _trained_samples(selection, model): # a column for weights that came trained, where there are any
+    columns, network_name = {}, selection_network(selection)
+    for variant, word in TRAINED_BEFORE.items():
+        if run := selection.find('phase2', model, variant):
+            columns[word + _fid_line(primary_rows(run).iloc[-1], network_name)] = read_samples(run)
+    return columns
 
 def _picture_notes(selection, phase, model):
     return [*one_seed(selection, phase, 'Pictures and their FIDs'), *run_notes(selection, phase, model),
@@ -176,7 +180,7 @@ def _day_samples(selection, model, days):
     for day in range(1, days + 1):
         fid = _fid_line(rows.loc[day], network_name) if day in rows.index else ''
         samples[f'day {day}{fid}'] = read_samples(run, day)
-    return samples | _trained_samples(selection.find('phase2', model, 'pretrained'), network_name)
+    return samples | _trained_samples(selection, model)
 
 # %% ../nbs/54_figures.ipynb #454d313f
 def samples_figure(
@@ -240,7 +244,7 @@ def figure11(selection:RunSelection):# -> matplotlib Figure
         return not_run_figure(title, footer)
     samples = {UPSAMPLERS[word] + _fid_line(row, network_name): read_samples(run, row['day'], row['sampling'])
                for word, row in rows.items() if row is not None}
-    samples |= _trained_samples(selection.find('phase2', model, 'pretrained'), network_name)
+    samples |= _trained_samples(selection, model)
     return sample_grid(_reference_samples(selection, 'phase2') | samples, title, [*footer, *credits(selection)])
 
 # %% ../nbs/54_figures.ipynb #38381258

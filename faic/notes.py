@@ -18,7 +18,7 @@ from .intervals import SEEDS_INTERVAL
 from .metrics import METRICS, column_name
 from .presets import ARCHITECTURES, default_latent
 from .runs import Run, provenance
-from .selection import RunSelection, check_one_preset, model_name, name_seeds, seeds_text
+from .selection import TRAINED_BEFORE, RunSelection, check_one_preset, model_name, name_seeds, seeds_text
 
 # %% ../nbs/50_notes.ipynb #50a10002
 def example_scores(
@@ -186,7 +186,7 @@ def fewer_seeds(selection:RunSelection, phase:str, models)->list: # a sentence, 
     most = max(map(len, seeds.values()), default=0)
     short = []
     for (p, model, variant), found in seeds.items():
-        if p == phase and model in models and variant != 'pretrained' and len(found) < most:
+        if p == phase and model in models and variant not in TRAINED_BEFORE and len(found) < most:
             entry = f'{model_name(model)}, {variant}' if variant else model_name(model)
             short.append(f'{entry} ({name_seeds(found)})')
     return [f"Fewer seeds than others: {'; '.join(short)}."] if short else []

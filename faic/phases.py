@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phase', 'Workplace', 'open_workplace', 'loop_arguments', 'discriminator_messages', 'score_columns', 'loss_table',
            'baseline_pictures', 'run_phase1', 'train_variants', 'compare_variants', 'winner_message', 'run_phase2',
-           'train_winner', 'score_pretrained', 'compare_days', 'launch_processes', 'first_error']
+           'train_winner', 'score_trained_before', 'score_released', 'compare_days', 'launch_processes', 'first_error']
 
 # %% ../nbs/49_phases.ipynb #80afdffb
 import os, re, signal, subprocess, sys, tempfile, time
@@ -17,16 +17,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .components import baseline_run, prepare_components, study_photos
+from .components import baseline_run, data_notes, data_options, prepare_components, study_photos
 from .core import ProgressBar, device_name, file_lock, pick_device, read_json, runs_dir, set_deterministic
-from .days import run_baselines, run_days, run_pretrained, study_run
-from .distributed import init_distributed, signal_at_parents_death
+from .days import missing_rows, run_baselines, run_days, run_pretrained, score, study_run
+from .distributed import group_lock, init_distributed, signal_at_parents_death
 from .judges import find_judges
 from .metrics import efficientnet_lite0
 from .parameters import notebook_parameters, resolve_sampling
 from .photos import Photos, describe
-from .presets import DAYS, day_budget, describe_sampling
-from .runs import Run, primary_rows, read_samples, sample_file
+from .presets import DAYS, day_budget, describe_sampling, published_latent
+from .released import choose_released, open_released
+from .runs import Run, open_run, primary_rows, read_samples, sample_file
 from .selection import phase1_winner
 from .winner import Winner, competing_runs, describe_lead, write_winner
 
@@ -211,9 +212,8 @@ def run_phase2(
     runs, sampling_names = train_winner(p, variant, place)
     pictures = baseline_pictures('phase2', preset, place)
     pictures |= {f'day {d}': np.load(sample_file(runs[0], d, sampling_names[0])) for d in range(1, DAYS + 1)}
-    trained = score_pretrained(p, place) if p.pretrained else None
-    if trained:
-        pictures['pre-trained'] = read_samples(trained)
+    trained = score_trained_before(p, place)
+    pictures |= {name: read_samples(run) for name, run in trained.items()}
     scores = compare_days(runs, sampling_names, trained, p.seeds > 1, place.feature_net.network_name)
     messages = discriminator_messages(runs, p.seeds > 1)
     return Phase(runs, scores, [loss_table(r) for r in runs], pictures, messages, variant=variant, reason=reason)
@@ -235,16 +235,38 @@ def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed
         names.append(describe_sampling(sampling))
     return runs, names
 
-def score_pretrained(p, place:Workplace)->Run:
-    "Score the checkpoints that came trained, once."
-    return run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
-                          resolve_sampling(p.model, p), place.device, place.judges)
+# %% ../nbs/49_phases.ipynb #4749a002
+def score_trained_before(p, place:Workplace)->dict: # name -> Run, of the weights that are there
+    "Score the checkpoints that others have trained, where they were given, and the released weights, once."
+    found = {}
+    if p.pretrained:
+        found['pre-trained'] = run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
+                                              resolve_sampling(p.model, p), place.device, place.judges)
+    if choose_released(p.model):
+        found['released'] = score_released(p, place)
+    return {name: run for name, run in found.items() if run}
+
+def score_released(p, place:Workplace)->Run: # None where they are of another side
+    "Score the released weights of a model on the test split."
+    released = open_released(p.model, place.device)
+    if released.side != place.photos.side:
+        return None
+    sampling = released.about['sampling']
+    space = dict(latent='none', first_stage='') if published_latent(p.model) != 'none' else {}
+    options = dict(phase='phase2', model=p.model, variant='released', preset=p.preset, seed=p.seed, **space,
+                   data=data_options(place.photos, 'phase2'), released=released.digits)
+    run = open_run(options, place.device, sampling=describe_sampling(sampling), **data_notes(place.photos))
+    with group_lock(run.path/'lock'): # notebooks of several seeds score it once
+        if missing_rows(run, released.trainee, 1, sampling):
+            score(run, released.trainee, place.photos, place.feature_net, sampling, place.device, released.components,
+                  judges=place.judges)
+    return run
 
 # %% ../nbs/49_phases.ipynb #2cd50a4d
 def compare_days(
     runs:list, # of Run
     sampling_names:list, # one a run
-    trained:Run, # that came trained, or None
+    trained:dict, # name -> Run, of weights that came trained
     several_seeds:bool,
     network_name:str,
 )->pd.DataFrame: # by (seed,) day and lightness
@@ -253,8 +275,8 @@ def compare_days(
     tables = [(r.metrics(), r.options['seed'], name) for r, name in zip(runs, sampling_names)]
     rows = [m[m['sampling'] == name].assign(seed=seed) for m, seed, name in tables]
     scores = pd.concat(rows).set_index(index).sort_index()
-    if trained:
-        rows = trained.metrics().assign(day='pre-trained', seed=trained.options['seed'])
+    for name, run in trained.items():
+        rows = run.metrics().assign(day=name, seed=run.options['seed'])
         scores = pd.concat([scores, rows.set_index(index)])
     return scores[score_columns(scores, network_name)]
 

@@ -7,7 +7,7 @@ __all__ = ['weights_dir', 'released_models', 'pack_release', 'read_release', 'Re
            'choose_released', 'read_card']
 
 # %% ../nbs/47_released.ipynb #588bbffc
-import json, os
+import hashlib, json, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +97,11 @@ class ReleasedModel:
     def side(self)->int: # px
         "The side of the pictures that it was trained on."
         return self.about['options']['side']
+
+    @property
+    def digits(self)->str: # six, hexadecimal
+        "A name for the content of its file."
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:6]
 
     def colorizer(self,
         sampling:dict={}, # what differs from the released sampling

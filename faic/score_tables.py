@@ -21,8 +21,8 @@ from .notes import (averaging_note, bias_note, caution, gray_note, provenance_li
 from .paper import PAPER_FID, PAPER_IMAGES, PAPER_TABLES, PAPER_WORK
 from .presets import ARCHITECTURES, all_components
 from .runs import primary_rows
-from .selection import (RunSelection, all_models, common_day, extra_models, first_seed, model_components,
-                            model_name, seeds_compared, seeds_text, selection_network, winner_of)
+from .selection import (TRAINED_BEFORE, RunSelection, all_models, common_day, extra_models, first_seed,
+                            model_components, model_name, seeds_compared, seeds_text, selection_network, winner_of)
 from .tables import (WORK_LINES, Table, baseline_entries, epochs_per_step, format_value, newest_day, run_entries,
                          score_view, seed_entries, text_or_status)
 
@@ -132,7 +132,7 @@ def _common_day_note(selection, models, day): # a sentence; none before a day wa
     return [f"Day {day} is the last that {names} reached{seeds}; each day adds one day's budget."]
 
 def phase2_entries(selection:RunSelection)->tuple: # (list of Entry, further models with runs)
-    "The models on the last day that all reached, further models, and published weights."
+    "The models on the last day that all reached, further models, and published or released weights."
     models, day = all_models(selection), common_day(selection)
     entries, further = [], []
     for model in models:
@@ -143,8 +143,9 @@ def phase2_entries(selection:RunSelection)->tuple: # (list of Entry, further mod
             entries += seed_entries(model_name(model), selection, ('phase2', model, None), day=min(day or last, last))
             further.append(model)
     for model in models:
-        if run := selection.find('phase2', model, 'pretrained'):
-            entries += run_entries(f'{model_name(model)}, pre-trained', run)
+        for variant, name in TRAINED_BEFORE.items():
+            if run := selection.find('phase2', model, variant):
+                entries += run_entries(f'{model_name(model)}, {name}', run)
     return entries, further
 
 def phase2_table(selection:RunSelection)->Table:
@@ -264,7 +265,7 @@ def training_rows(selection:RunSelection)->list: # of Training
     return [t for t in every if not t.component or t is shared[t.component, t.phase]]
 
 def _model_training(selection, model, phase):
-    variants = [v for p, m, v in selection.runs if (p, m) == (phase, model) and v != 'pretrained']
+    variants = [v for p, m, v in selection.runs if (p, m) == (phase, model) and v not in TRAINED_BEFORE]
     paper = list(PAPER_FID.get(model, {}))
     variants.sort(key=lambda v: paper.index(v) if v in paper else len(paper))
     return [_training(selection, model, phase, v) for v in variants or [None]]

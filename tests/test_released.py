@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +19,15 @@ from safetensors.torch import load_file, save_file
 
 import faic.released
 from faic.colorize import open_run_colorizer
+from faic.components import study_photos
+from faic.core import Budget
+from faic.days import study_run
+from faic.figures import figure7
+from faic.phases import Workplace, compare_days, score_trained_before
 from faic.presets import default_sampling, make_trainee, model_options
 from faic.released import choose_released, open_released, open_weights, pack_release, released_models
+from faic.score_tables import phase2_entries
+from faic.selection import select_runs
 
 TRIALS = Path(__file__).resolve().parent / "trials"
 sys.path.insert(0, str(TRIALS))
@@ -127,6 +136,39 @@ def test_the_released_default_comes_first_and_runs_are_asked_for_by_name(weights
     for asked in (dict(model="bbdm"), dict(first_stage="model.ckpt")):
         with pytest.raises(ValueError, match="run"):
             open_run_colorizer(**asked)
+
+
+# beside the runs of a study
+
+
+def test_released_weights_are_scored_once_beside_the_days(weights):
+    """A row of the table, a dashed line and a column of pictures; nothing where the weights are of another model."""
+    photos = study_photos("embedded", "smoke")
+    photos = replace(photos, splits=photos.splits | {s: photos.splits[s][::9] for s in ("validation", "test")})
+    place = Workplace(torch.device("cpu"), photos, QuarterColors())
+    asked = SimpleNamespace(model="pix2pix", preset="smoke", seed=0, pretrained="")
+    assert score_trained_before(asked, place) == {}
+    small_release("pix2pix", weights)
+    scored = score_trained_before(asked, place)
+    images = place.feature_net.images
+    assert (
+        list(scored) == ["released"] and score_trained_before(asked, place)["released"].path == scored["released"].path
+    )
+    assert place.feature_net.images == images, "scored again"
+    assert score_trained_before(SimpleNamespace(model="bbdm", pretrained=""), place) == {}
+
+    row = scored["released"].metrics().iloc[0].to_dict()
+    assert row["split"] == "test" and row["n"] == len(photos.splits["test"])
+    run = study_run("phase2", "pix2pix", "default", "smoke", 0, photos, Budget(5, "steps"), place.device)
+    for day in (1, 2):
+        run.add_metrics(row | dict(day=day, step=day, training_seconds=1.0))
+    days = compare_days([run], [row["sampling"]], scored, False, "quarters")
+    assert [day for day, _ in days.index] == [1, 2, "released"]
+    selection = select_runs("smoke", "embedded", 0)
+    entries, _ = phase2_entries(selection)
+    assert [entry.title for entry in entries if entry.title.startswith("Pix2Pix")] == ["Pix2Pix", "Pix2Pix, released"]
+    lines = {line.get_label(): line.get_linestyle() for line in figure7(selection).axes[0].get_lines()}
+    assert lines["Pix2Pix, released"] == "--" and lines["Pix2Pix"] == "-"
 
 
 # from training to a photograph
