@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def free_rows(photos):
 def picture(opened):
     """The card's picture as bytes of a JPEG."""
     photos = load_photos("embedded", opened.side)
-    photos.splits["test"] = free_rows(photos)
+    photos = replace(photos, splits=dict(test=free_rows(photos)))
     gray, ours, real = [], [], []
     for batch in ordered_batches(photos, "test", 10, opened.trainee.gray_kind):
         generators = [make_generator(0, "evaluate", int(i)) for i in batch["index"]]
