@@ -1,6 +1,6 @@
 """Weights for release: train for hours, score each slice on validation, choose by a rule, write the file and its card.
 
-    python tests/trials/release.py train MODEL FOLDER [--slices 24] [--steps 4000] [--set 'lambda_l1=200;ema=null']
+    python tests/trials/release.py train MODEL FOLDER [--slices N] [--steps S] [--set 'lambda_l1=200;ema=null']
     python tests/trials/release.py status
     python tests/trials/release.py choose MODEL
     python tests/trials/release.py write MODEL [--replace]
@@ -10,9 +10,10 @@ Everything lies in FAIC_RUNS; a folder of its own keeps the study's pages quick 
 
 `train` makes slices of steps. After each slice it keeps the weights (`day-<slice>.safetensors`) and scores them on the
 study's 500 validation photographs. A killed training continues where its last checkpoint was, five minutes ago at
-most: call it again with the same words. It uses one thread, and bfloat16 where the CPU computes that natively. The
-rate is constant for the first half of the steps and falls linearly to zero in the second half (`half_then_linear`).
-Networks that sampling needs, such as ColTran's color upsampler, are trained first, in a run of their own.
+most: call it again with the same words. It uses one thread, and bfloat16 where the CPU computes that natively
+(`--device cuda` uses a GPU). The rate is constant for the first half of the steps and falls linearly to zero in the
+second half (`half_then_linear`). Networks that sampling needs, such as ColTran's color
+upsampler, are trained first, in a run of their own. Without `--slices` and `--steps` a model gets four to eight hours.
 
 `status` prints a line for each training. `choose` prints the checkpoints of a model, the best one first. `write` puts
 the best one into `faic/weights/`: `<model>.safetensors` in half precision, its card `<model>.md` and `<model>.json`,
@@ -64,7 +65,7 @@ from release_card import card_text, make_card, picture, read_cards
 from throughput import option_value
 
 from faic.components import component_weights, data_notes, data_options, load_component, make_trainer, study_photos
-from faic.core import Budget, runs_dir, set_deterministic, write_bytes, write_json
+from faic.core import Budget, pick_device, runs_dir, set_deterministic, write_bytes, write_json
 from faic.dataset import load_photos
 from faic.days import eval_batch_size
 from faic.evaluate import evaluate, sample_rows
@@ -136,11 +137,10 @@ def train_component(name, args, photos):
     options = training_options(name, args.preset, RECIPES[args.model].components.get(name, {}) | args.component)
     budget = str(Budget(max(1, args.slices * args.steps // 4), "steps"))
     names = dict(phase="component", model=name, of="release", preset=args.preset, seed=args.seed)
-    run = open_run(
-        names | dict(data=data_options(photos, "phase2"), budget=budget, train=options), CPU, **data_notes(photos)
-    )
-    weights = train_day(make_trainer(run, photos, "phase2", 1, CPU), 1)
-    return run, load_component(weights, run, CPU)
+    names |= dict(data=data_options(photos, "phase2"), budget=budget, train=options)
+    run = open_run(names, args.device, **data_notes(photos))
+    weights = train_day(make_trainer(run, photos, "phase2", 1, args.device), 1)
+    return run, load_component(weights, run, args.device)
 
 
 def open_training(args, photos, component_runs):
@@ -152,20 +152,20 @@ def open_training(args, photos, component_runs):
     digits = {name: run.path.name[-6:] for name, run in component_runs.items()}
     if digits:
         names["components"] = digits
-    return open_run(names, CPU, components=digits, **data_notes(photos))
+    return open_run(names, args.device, components=digits, **data_notes(photos))
 
 
-def score_slice(run, number, weights, photos, components, networks):
+def score_slice(run, number, weights, photos, components, networks, device):
     """Add the row of a slice to the run's metrics, unless it is there."""
     if evaluated(run, day=number):
         return
     o = run.options
     sampling = default_sampling(o["model"], o["preset"])
-    trainee = load_weights(make_trainee(o["model"], o["train"], components=components), weights, CPU)
+    trainee = load_weights(make_trainee(o["model"], o["train"], components=components), weights, device)
     colorize = make_colorizer(o["model"], trainee, sampling, components)
-    kind, keeps, size = trainee.gray_kind, trainee.keeps_lightness, eval_batch_size(o, CPU)
+    kind, keeps, size = trainee.gray_kind, trainee.keeps_lightness, eval_batch_size(o, device)
     rows, samples = evaluate(
-        colorize, photos, "validation", networks[0], kind, keeps, o["seed"], CPU, size, judges=networks[1:]
+        colorize, photos, "validation", networks[0], kind, keeps, o["seed"], device, size, judges=networks[1:]
     )
     keep_samples(run, samples, number)
     run.add_metrics(dict(day=number, **work_done(weights), lightness="photograph", **rows["photograph"]))
@@ -173,17 +173,17 @@ def score_slice(run, number, weights, photos, components, networks):
 
 def train(args):
     """Train a model slice by slice, and score each."""
-    set_deterministic(CPU)
+    set_deterministic(args.device)
     photos = release_photos(args.folder, args.preset, args.scored)
     trained = {n: train_component(n, args, photos) for n in components_of(args.model, "none", preset=args.preset)}
     components = {name: network for name, (_, network) in trained.items()}
     run = open_training(args, photos, {name: run for name, (run, _) in trained.items()})
     print(f"{run.path}: {args.slices} slices of {args.steps} steps", flush=True)
-    trainer = make_trainer(run, photos, "phase2", args.slices, CPU, components=components)
-    networks = efficientnet_lite0(CPU), efficientnet_lite2(CPU)
+    trainer = make_trainer(run, photos, "phase2", args.slices, args.device, components=components)
+    networks = efficientnet_lite0(args.device), efficientnet_lite2(args.device)
     for number in range(1, args.slices + 1):
         weights = train_day(trainer, number)
-        score_slice(run, number, weights, photos, components, networks)
+        score_slice(run, number, weights, photos, components, networks, args.device)
         print(slice_line(run.metrics(), number), flush=True)
 
 
@@ -316,6 +316,7 @@ def parse(words):
     begin.add_argument("--steps", type=int, help="of a slice; else the model's own number")
     begin.add_argument("--scored", type=int, default=500, help="validation photographs, at most")
     begin.add_argument("--preset", default="laptop", choices=tuple(PRESETS))
+    begin.add_argument("--device", type=pick_device, default="cpu", help="cpu, cuda or auto")
     begin.add_argument("--seed", type=int, default=0)
     begin.add_argument("--set", type=changes_of, default={}, help="changed options, e.g. 'lambda_l1=200;width=16'")
     begin.add_argument("--component", type=changes_of, default={}, help="changed options of its components")
