@@ -7,8 +7,8 @@ __all__ = ['RESULT_SOFTWARE', 'RESULTS_MARKER', 'USUAL_THREADS', 'NOWHERE', 'clo
            'runs_dir', 'figures_dir', 'require_writable', 'printable', 'atomic_write', 'write_bytes', 'write_json',
            'read_json', 'short_hash', 'make_generator', 'BatchGenerator', 'sample_per_image', 'randint_sampler',
            'is_main_process', 'file_lock', 'pick_device', 'device_name', 'has_bfloat16', 'set_deterministic',
-           'usable_cores', 'busy_cores', 'free_cores', 'set_threads', 'leave_busy_cores', 'Budget', 'kernel_shell',
-           'CellBars', 'ProgressBar', 'require_same_clone']
+           'usable_cores', 'busy_cores', 'free_cores', 'set_threads', 'leave_busy_cores', 'Budget', 'full_demo',
+           'demo_steps', 'kernel_shell', 'CellBars', 'ProgressBar', 'require_same_clone']
 
 # %% ../nbs/00_core.ipynb #80527373
 import hashlib, json, os, platform, sys, tempfile, time
@@ -343,6 +343,18 @@ class Budget:
 
     def __str__(self): return f'{self.amount:g} {self.unit}'
     def __mul__(self, times): return Budget(self.amount*times, self.unit)
+
+# %% ../nbs/00_core.ipynb #25723337
+def full_demo()->bool: # False under nbdev_test
+    "Is a notebook executed for its pictures?"
+    return 'IN_TEST' not in os.environ
+
+def demo_steps(
+    steps:int, # where a notebook is executed for its pictures
+    test:int=5, # where nbdev_test checks that it runs
+)->int:
+    "Return how many steps a demonstration takes."
+    return steps if full_demo() else test
 
 # %% ../nbs/00_core.ipynb #7b654f7d
 NOWHERE = open(os.devnull, 'w')
