@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONDITIONINGS', 'ARCHITECTURE', 'SpatialRescaler', 'Denoiser', 'init_weights', 'BridgeEndpoints', 'BridgeTrainee',
-           'BBDM', 'SamplingState', 'bbdm_stages', 'bbdm_colorizer', 'make_bbdm']
+           'BBDM', 'SamplingState', 'bbdm_stages', 'bbdm_colorizer', 'draw_figure3', 'make_bbdm']
 
 # %% ../nbs/24_bbdm.ipynb #0265d4ba
 import math
@@ -24,7 +24,7 @@ from .latents import (ENCODE_BATCH, SPACES, LatentSpace, add_statistics, decoder
                           latent_rows, set_statistics)
 from .layers import (UNet, noise_stream, norm_groups, sampling_network, staged_colorizer, trim_channel_mult,
                      upcast_float32)
-from .network_figures import draw_bbdm
+from .network_figures import figure3
 
 # %% ../nbs/24_bbdm.ipynb #cff31a58
 CONDITIONINGS = ('nocond', 'rescaler', 'y')
@@ -275,6 +275,15 @@ def bbdm_colorizer(
         raise ValueError(f"precision must be 'float32' or 'bfloat16'; got {precision!r}")
     return staged_colorizer(bbdm_stages(model, steps, eta, clip, precision), {'U-Net step': steps})
 
+# %% ../nbs/24_bbdm.ipynb #1362759f
+def draw_figure3(
+    sizes, # of a preset, see Sizes in faic.architecture
+):# -> matplotlib Figure
+    "Figure 3 at a preset's size, in the paper's latents."
+    (trainee, options), (first_stage, _) = sizes.networks('bbdm', 'f4'), sizes.networks('vqgan_f4')
+    return figure3(sizes.rgb, sizes.gray, trainee.net.denoise_fn, first_stage.networks()['net'], options['side'],
+                   sizes.sampling['sample_steps'])
+
 # %% ../nbs/24_bbdm.ipynb #605f5e9c
 def make_bbdm(
     options:dict, # of a run
@@ -321,5 +330,5 @@ ARCHITECTURE = Architecture(
         'none': dict(factor=1, latent_channels=3, attention_factors=[32, 16, 8], conditioning='y', normalize=False),
     },
     external_latents=dict(normalize=False),
-    drawings=dict(figure3=draw_bbdm),
+    drawings=dict(figure3=draw_figure3),
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_FOLDERS', 'COLOR', 'SPATIAL', 'ARCHITECTURE', 'renumber_layers', 'Mapping', 'official_layout',
            'official_state', 'load_coltran', 'official_colorizer', 'official_upsampler', 'official_folders',
-           'official_networks', 'official_name', 'external_checkpoints']
+           'official_networks', 'official_name', 'external_checkpoints', 'draw_figure1']
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #c2d73201
 import hashlib, re
@@ -24,7 +24,7 @@ from .coltran import Colorizer, Upsampler
 from .coltran_latents import coltran_of_run, make_color_upsampler, make_coltran, make_spatial_upsampler
 from .core import short_hash
 from .latents import SPACES
-from .network_figures import draw_coltran
+from .network_figures import figure1
 from .tf_checkpoints import read_tensor, select_ema_variables, tensor_places
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #96b8c594
@@ -389,6 +389,13 @@ def external_checkpoints(
         return value
     return check
 
+# %% ../nbs/36_coltran_checkpoints.ipynb #efbb9f13
+def draw_figure1(
+    sizes, # of a preset, see Sizes in faic.architecture
+):# -> matplotlib Figure
+    "Figure 1 at a preset's size."
+    return figure1(*(sizes.networks(name)[0].networks()['net'] for name in ('coltran', *sizes.components)))
+
 # %% ../nbs/36_coltran_checkpoints.ipynb #d61d07fa
 def _parameters(side, components):
     return dict(temperature=at_least(0), norm=choice('row', 'image'),
@@ -421,5 +428,5 @@ ARCHITECTURE = Architecture(
     latents={'none': {}} | {name: space | dict(codes=None) for name, space in SPACES.items()},
     external_latents=dict(codes=None), # as many as the file has
     published=PublishedWeights('upsamplers', official_folders, official_networks, official_name),
-    drawings=dict(figure1=draw_coltran),
+    drawings=dict(figure1=draw_figure1),
 )
