@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'STATISTICS', 'NORM', 'ARCHITECTURE', 'pad_same', 'BatchNorm', 'normalize', 'Generator', 'Critic',
-           'init_weights', 'sample_noise', 'sample_alpha', 'interpolated_slopes', 'generator_widths', 'CGAN',
-           'cgan_colorizer', 'official_names', 'load_variables', 'load_official', 'save_official', 'make_cgan']
+           'init_weights', 'sample_noise', 'sample_alpha', 'interpolated_slopes', 'WassersteinLosses', 'CGANTrainee',
+           'generator_widths', 'CGAN', 'cgan_colorizer', 'official_names', 'load_variables', 'load_official',
+           'save_official', 'make_cgan']
 
 # %% ../nbs/26_cgan.ipynb #d71b6cbc
 import math
@@ -188,33 +189,42 @@ def interpolated_slopes(
     gradient, = torch.autograd.grad(total, x, create_graph=True)
     return torch.linalg.vector_norm(gradient, dim=(1, 2, 3) if kind == 'image' else 2)
 
-# %% ../nbs/26_cgan.ipynb #8482415c
-def generator_widths(width:int)->tuple:
-    "Channels of the hidden convolutions, (128, 64, 64, 64, 32) for the published width 128."
-    return width, width//2, width//2, width//2, width//4
+# %% ../nbs/26_cgan.ipynb #9e81f6c5
+class WassersteinLosses:
+    "The two losses: what the critic wants, and what the generator wants."
+    G:Generator
+    critic:Critic
+    penalty:str # one of PENALTIES
+    penalty_weight:float
+    terms:dict # of the last loss, for logs
 
-class CGAN:
-    "The conditional GAN of Cao et al., ready to be trained: networks and losses."
+    def critic_loss(self, yuv:Tensor, z:Tensor, alpha:Tensor=None, counted:bool=True)->Tensor: # scalar
+        "How much higher the fakes are than the photographs, plus the penalty."
+        Y = yuv[:, :1]
+        with torch.no_grad():
+            fake = torch.cat([Y, upcast_float32(self.G(Y, z))], 1)
+        real_mean = upcast_float32(self.critic(yuv)).mean()
+        fake_mean = upcast_float32(self.critic(fake)).mean()
+        self.terms = dict(critic_real=real_mean.detach(), critic_fake=fake_mean.detach())
+        loss = -(real_mean - fake_mean)
+        if self.penalty == 'none':
+            return loss
+        slopes = interpolated_slopes(self.critic, yuv, fake, alpha, self.penalty, counted)
+        penalty = (slopes - 1).square().mean()
+        self.terms |= dict(slope=slopes.detach().mean(), penalty=penalty.detach())
+        return loss + self.penalty_weight*penalty
+
+    def generator_loss(self, Y:Tensor, z:Tensor)->Tensor: # scalar
+        "How low the critic places the fakes."
+        self.terms = {}
+        return -upcast_float32(self.critic(torch.cat([Y, upcast_float32(self.G(Y, z))], 1))).mean()
+
+# %% ../nbs/26_cgan.ipynb #aab16cb2
+class CGANTrainee(WassersteinLosses):
+    "What the training loop asks of the conditional GAN."
     gray_kind = 'yuv' # it colorizes unrounded luma and copies it into its output ...
     keeps_lightness = False # ... but Lab's lightness is not luma: other colors of the same luma have another L
-
-    def __init__(self,
-        side:int=64, # of the images
-        width:int=128, # of the generator's first convolution
-        critic_width:int=64, # of the discriminator's first convolution
-        critic_steps:int=5, # batches of the discriminator before each batch of the generator
-        penalty:str='none', # one of PENALTIES
-        penalty_weight:float=10.,
-        noise_layers:int=1, # convolutions that get noise; 1 as released
-        seed:int=0, # of the initial weights
-    ):
-        if penalty not in PENALTIES:
-            raise ValueError(f'penalty is one of {", ".join(map(repr, PENALTIES))}, got {penalty!r}')
-        init = torch.Generator().manual_seed(seed)
-        self.G = init_weights(Generator(side, generator_widths(width), noise_layers=noise_layers), init)
-        self.critic = init_weights(Critic(side, tuple(critic_width*2**k for k in range(4))), init)
-        self.critic_steps, self.penalty, self.penalty_weight = critic_steps, penalty, penalty_weight
-        self.terms = {} # the terms of the last loss, for logs
+    critic_steps:int # batches of the discriminator before each batch of the generator
 
     @property
     def cycle(self)->int:
@@ -239,26 +249,31 @@ class CGAN:
         alpha = None if self.penalty == 'none' else sample_alpha(self.penalty, yuv.shape, generator).to(yuv)
         yield 'critic', self.critic_loss(yuv, z, alpha, batch.get('share', 1.) > 0)
 
-    def critic_loss(self, yuv:Tensor, z:Tensor, alpha:Tensor=None, counted:bool=True)->Tensor: # scalar
-        "How much higher the fakes are than the photographs, plus the penalty."
-        Y = yuv[:, :1]
-        with torch.no_grad():
-            fake = torch.cat([Y, upcast_float32(self.G(Y, z))], 1)
-        real_mean = upcast_float32(self.critic(yuv)).mean()
-        fake_mean = upcast_float32(self.critic(fake)).mean()
-        self.terms = dict(critic_real=real_mean.detach(), critic_fake=fake_mean.detach())
-        loss = -(real_mean - fake_mean)
-        if self.penalty == 'none':
-            return loss
-        slopes = interpolated_slopes(self.critic, yuv, fake, alpha, self.penalty, counted)
-        penalty = (slopes - 1).square().mean()
-        self.terms |= dict(slope=slopes.detach().mean(), penalty=penalty.detach())
-        return loss + self.penalty_weight*penalty
+# %% ../nbs/26_cgan.ipynb #017c582c
+def generator_widths(width:int)->tuple:
+    "Channels of the hidden convolutions, (128, 64, 64, 64, 32) for the published width 128."
+    return width, width//2, width//2, width//2, width//4
 
-    def generator_loss(self, Y:Tensor, z:Tensor)->Tensor: # scalar
-        "How low the critic places the fakes."
-        self.terms = {}
-        return -upcast_float32(self.critic(torch.cat([Y, upcast_float32(self.G(Y, z))], 1))).mean()
+# %% ../nbs/26_cgan.ipynb #8482415c
+class CGAN(CGANTrainee):
+    "The conditional GAN of Cao et al., ready to be trained: networks and losses."
+    def __init__(self,
+        side:int=64, # of the images
+        width:int=128, # of the generator's first convolution
+        critic_width:int=64, # of the discriminator's first convolution
+        critic_steps:int=5, # batches of the discriminator before each batch of the generator
+        penalty:str='none', # one of PENALTIES
+        penalty_weight:float=10.,
+        noise_layers:int=1, # convolutions that get noise; 1 as released
+        seed:int=0, # of the initial weights
+    ):
+        if penalty not in PENALTIES:
+            raise ValueError(f'penalty is one of {", ".join(map(repr, PENALTIES))}, got {penalty!r}')
+        init = torch.Generator().manual_seed(seed)
+        self.G = init_weights(Generator(side, generator_widths(width), noise_layers=noise_layers), init)
+        self.critic = init_weights(Critic(side, tuple(critic_width*2**k for k in range(4))), init)
+        self.critic_steps, self.penalty, self.penalty_weight = critic_steps, penalty, penalty_weight
+        self.terms = {} # the terms of the last loss, for logs
 
 # %% ../nbs/26_cgan.ipynb #98c403bf
 STATISTICS = ('image', 'batch', 'running')

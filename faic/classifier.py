@@ -6,8 +6,8 @@
 __all__ = ['CLASS_STEP', 'CLASS_RANGES', 'PRIOR_PHOTOGRAPHS', 'MULTIPLE', 'RELEASED_SCALE', 'ARCHITECTURE', 'color_classes',
            'color_target', 'nearest_classes', 'soft_encode', 'count_classes', 'smooth_prior', 'rebalancing_factors',
            'gray_mask', 'WeightGradient', 'pixel_divergences', 'classification_loss', 'upsample4', 'ECCV16',
-           'check_sides', 'init_weights', 'annealed_mean', 'random_crops', 'Classifier', 'classifier_colorizer',
-           'load_eccv16', 'save_eccv16', 'make_classifier']
+           'check_sides', 'init_weights', 'annealed_mean', 'random_crops', 'ClassifierTrainee', 'Classifier',
+           'classifier_colorizer', 'load_eccv16', 'save_eccv16', 'make_classifier']
 
 # %% ../nbs/27_classifier.ipynb #c1a50001
 from pathlib import Path
@@ -255,26 +255,14 @@ def random_crops(
     places = torch.column_stack([rows, corners, torch.zeros_like(rows)])
     return tuple(crops_of(images.permute(0, 2, 3, 1), places, side) for images in (gray, rgb))
 
-# %% ../nbs/27_classifier.ipynb #c1a50015
-class Classifier:
-    "The classifier, ready to be trained: network, target and loss."
+# %% ../nbs/27_classifier.ipynb #a361ea7a
+class ClassifierTrainee:
+    "What the training loop asks of the classifier."
     gray_kind = 'lab' # it colorizes Lab lightness ...
     keeps_lightness = True # ... and the output keeps it
-
-    def __init__(self,
-        width:int=64, # channels of the first block
-        neighbors:int=10, # classes that a color is spread over
-        sigma:float=5., # of that Gaussian, Lab units
-        alpha:float=1., gamma:float=.5, # see rebalancing_factors
-        train_crop:int=176, # px; smaller photographs are not cropped
-        seed:int=0, # of the initial weights
-    ):
-        check_sides(train_crop, train_crop)
-        self.net = init_weights(ECCV16(width), torch.Generator().manual_seed(seed))
-        self.net.model_out.weight.requires_grad_(False).copy_(color_classes().T[:, :, None, None]/110)
-        self.neighbors, self.sigma, self.alpha, self.gamma, self.train_crop = neighbors, sigma, alpha, gamma, train_crop
-        self.factors = torch.ones(len(color_classes()), dtype=torch.float64) # until it has seen the photographs
-        self.terms = {} # of the last loss, for logs
+    net:ECCV16
+    factors:Tensor # (313,) of the classes
+    terms:dict # of the last loss, for logs
 
     def networks(self)->dict:
         "The network, with its optimizer; the last layer holds the centers and is not trained."
@@ -306,6 +294,24 @@ class Classifier:
         target, nearest = soft_encode(ab, self.neighbors, self.sigma)
         self.factors = self.factors.to(ab.device) # once
         return target, self.factors[nearest].to(ab.dtype)*gray_mask(ab)
+
+# %% ../nbs/27_classifier.ipynb #c1a50015
+class Classifier(ClassifierTrainee):
+    "The classifier, ready to be trained: network, target and loss."
+    def __init__(self,
+        width:int=64, # channels of the first block
+        neighbors:int=10, # classes that a color is spread over
+        sigma:float=5., # of that Gaussian, Lab units
+        alpha:float=1., gamma:float=.5, # see rebalancing_factors
+        train_crop:int=176, # px; smaller photographs are not cropped
+        seed:int=0, # of the initial weights
+    ):
+        check_sides(train_crop, train_crop)
+        self.net = init_weights(ECCV16(width), torch.Generator().manual_seed(seed))
+        self.net.model_out.weight.requires_grad_(False).copy_(color_classes().T[:, :, None, None]/110)
+        self.neighbors, self.sigma, self.alpha, self.gamma, self.train_crop = neighbors, sigma, alpha, gamma, train_crop
+        self.factors = torch.ones(len(color_classes()), dtype=torch.float64) # until it has seen the photographs
+        self.terms = {} # of the last loss, for logs
 
 # %% ../nbs/27_classifier.ipynb #c1a50017
 def classifier_colorizer(

@@ -132,6 +132,7 @@ def karras_levels(
     sigma = np.linspace(most**(1/7), least**(1/7), count)**7
     return (1/(1 + sigma**2)).tolist()
 
+# %% ../nbs/15_diffusion.ipynb #fb19832e
 @dataclass(frozen=True)
 class SamplerCall:
     "One call of the network, and the step that follows from its answer."
@@ -140,6 +141,7 @@ class SamplerCall:
     end:float # level that the step leads to; 1: the photograph
     eta:float=0. # share of DDPM's noise
 
+# %% ../nbs/15_diffusion.ipynb #89894315
 def sampler_calls(
     sampler:str, # one of SAMPLERS
     choose_levels, # function: number of levels -> rising noise levels
@@ -165,6 +167,7 @@ class SamplerState:
     x0_hat:Tensor=None # estimate of the last call
     step:int=0 # calls of the network so far
 
+# %% ../nbs/15_diffusion.ipynb #b698b30f
 def estimate_x0(
     denoise, # function (x, gamma (B,)) -> the network's answer (B,C,H,W)
     x:Tensor, # (B,C,H,W)
@@ -176,6 +179,7 @@ def estimate_x0(
     answer = denoise(x, torch.full((len(x),), gamma, device=x.device))
     return predict_x0(objective, answer, x, gamma).clamp(-limit, limit)
 
+# %% ../nbs/15_diffusion.ipynb #1cf7e4d6
 def heun_weight(call:SamplerCall)->float: # 1/2 for a small step
     "The weight of the later estimate in Heun's second call."
     h = (math.log(call.end/(1 - call.end)) - math.log(call.start/(1 - call.start)))/2
@@ -197,6 +201,7 @@ def p_sample(
         following = following.add(next(noise), alpha=c.noise)
     return SamplerState(following, x, x0_hat, state.step + 1)
 
+# %% ../nbs/15_diffusion.ipynb #c848f19f
 def p_sample_loop(
     denoise, # function (x, gamma (B,)) -> the network's answer (B,C,H,W)
     calls:list, # of SamplerCall

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZER_TENSORS', 'RMSpropTF1', 'AdamTF1', 'make_optimizer', 'network_rate', 'clip_weights', 'half_then_linear',
-           'official_linear', 'step_decay', 'make_plateau', 'average_in', 'TrainingState', 'learning_rate_factor',
-           'update_averages', 'step_generator', 'Placement', 'batch_images', 'place_batch', 'MicroBatch', 'split_batch',
-           'take_rows', 'out_of_memory', 'accumulated', 'update', 'settle', 'read_later', 'autocast_losses',
-           'backward_losses', 'train_step', 'CollapseDetector']
+           'official_linear', 'step_decay', 'make_plateau', 'average_in', 'BudgetCounter', 'TrainingState',
+           'learning_rate_factor', 'update_averages', 'step_generator', 'Placement', 'batch_images', 'place_batch',
+           'MicroBatch', 'split_batch', 'take_rows', 'out_of_memory', 'accumulated', 'update', 'settle', 'read_later',
+           'autocast_losses', 'backward_losses', 'train_step', 'CollapseDetector']
 
 # %% ../nbs/30_train.ipynb #38100fd8
 import math
@@ -148,38 +148,17 @@ def average_in(
         torch._foreach_copy_(buffers, list(net.buffers()))
     average.n_averaged += 1
 
-# %% ../nbs/30_train.ipynb #5330552c
-class TrainingState:
-    "Hold what a training step reads and changes: networks, optimizers, averages and counters."
+# %% ../nbs/30_train.ipynb #f10e82c4
+class BudgetCounter:
+    "Count what a run has used of its budget."
     def __init__(self,
-        trainee, # networks(), losses(batch, generator)
-        indices, # (N,) photographs of the training set
         budget:Budget, # of the whole run
-        options:dict, # batch_size, optimizer, lr, ..., schedule, seed; also lr_factors, clip_weights, accumulate, ema,
-                      # precision, channels_last
-        device=torch.device('cpu'),
-        micro_batches:int=1, # pieces that each batch goes through in
+        epoch_length:int, # steps
     ):
-        self.trainee, self.indices, self.budget = trainee, indices, budget
-        self.options, self.device, self.micro_batches = options, device, micro_batches
-        self.epoch_length = math.ceil(len(indices)/options['batch_size']) # steps
+        self.budget, self.epoch_length = budget, epoch_length
         self.step = 0 # batches that this run has taken in
         self.step_offset = 0 # batches of the run that this one continues
         self.seconds = 0. # of training
-        layout = torch.channels_last if options.get('channels_last') else torch.preserve_format
-        self.networks = {n: net.to(device).to(memory_format=layout).train() for n, net in trainee.networks().items()}
-        self.norms = [] # batch norms that span several processes
-        if idist.get_world_size() > 1:
-            self.norms = [norm for net in self.networks.values() for norm in convert_sync_batchnorm(net)]
-        self.parameters = {n: [p for p in net.parameters() if p.requires_grad] for n, net in self.networks.items()}
-        rates = {n: dict(lr=network_rate(options, n)) for n in self.networks}
-        self.optimizers = {n: make_optimizer(p, options | rates[n]) for n, p in self.parameters.items()}
-        plateaus = {n: make_plateau(optimizer, options) for n, optimizer in self.optimizers.items()}
-        self.plateaus = {n: plateau for n, plateau in plateaus.items() if plateau}
-        self.unsettled = {} # network -> function that reads the loss that its plateau has not seen
-        self.ema = {n: AveragedModel(net) for n, net in self.networks.items()} if options.get('ema') else {}
-        self.averaging = False # have the averages begun?
-        update_averages(self) # the first update is a copy
 
     @property
     def used(self)->float:
@@ -194,6 +173,36 @@ class TrainingState:
     def fraction(self)->float:
         "Share of the budget that is used, 0 to 1 (or a little over)."
         return self.used/self.budget.amount
+
+# %% ../nbs/30_train.ipynb #5330552c
+class TrainingState(BudgetCounter):
+    "Hold what a training step reads and changes: networks, optimizers, averages and counters."
+    def __init__(self,
+        trainee, # networks(), losses(batch, generator)
+        indices, # (N,) photographs of the training set
+        budget:Budget, # of the whole run
+        options:dict, # batch_size, optimizer, lr, ..., schedule, seed; also lr_factors, clip_weights, accumulate, ema,
+                      # precision, channels_last
+        device=torch.device('cpu'),
+        micro_batches:int=1, # pieces that each batch goes through in
+    ):
+        super().__init__(budget, math.ceil(len(indices)/options['batch_size']))
+        self.trainee, self.indices, self.options = trainee, indices, options
+        self.device, self.micro_batches = device, micro_batches
+        layout = torch.channels_last if options.get('channels_last') else torch.preserve_format
+        self.networks = {n: net.to(device).to(memory_format=layout).train() for n, net in trainee.networks().items()}
+        self.norms = [] # batch norms that span several processes
+        if idist.get_world_size() > 1:
+            self.norms = [norm for net in self.networks.values() for norm in convert_sync_batchnorm(net)]
+        self.parameters = {n: [p for p in net.parameters() if p.requires_grad] for n, net in self.networks.items()}
+        rates = {n: dict(lr=network_rate(options, n)) for n in self.networks}
+        self.optimizers = {n: make_optimizer(p, options | rates[n]) for n, p in self.parameters.items()}
+        plateaus = {n: make_plateau(optimizer, options) for n, optimizer in self.optimizers.items()}
+        self.plateaus = {n: plateau for n, plateau in plateaus.items() if plateau}
+        self.unsettled = {} # network -> function that reads the loss that its plateau has not seen
+        self.ema = {n: AveragedModel(net) for n, net in self.networks.items()} if options.get('ema') else {}
+        self.averaging = False # have the averages begun?
+        update_averages(self) # the first update is a copy
 
 # %% ../nbs/30_train.ipynb #4d0408b2
 def learning_rate_factor(state:TrainingState)->float: # 0 to 1
