@@ -41,7 +41,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=shlex.split(settings["requirements"]),
     extras_require={
-        extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster", "watch", "formats")
+        extra: shlex.split(settings[f"{extra}_requirements"])
+        for extra in ("dev", "cluster", "watch", "formats", "onnx", "docs")
     },
     entry_points={
         "console_scripts": ["faic=faic.cli:main"],

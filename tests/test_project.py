@@ -137,7 +137,7 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     named = set()
-    for extra in ("", "dev_", "cluster_", "watch_", "formats_"):
+    for extra in ("", "dev_", "cluster_", "watch_", "formats_", "onnx_", "docs_"):
         named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][f"{extra}requirements"])}
     pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"
