@@ -320,6 +320,7 @@ ARCHITECTURE = Architecture(
     make=make_bbdm,
     colorizer=_colorizer,
     sampling=dict(sample_steps=200, eta=1.),
+    many_passes='it takes many denoising steps from the gray photograph, most of them with new noise',
     parameters=_parameters,
     latents={
         'f4': dict(SPACES['f4'], attention_factors=[32, 16, 8], conditioning='nocond', normalize=True),

@@ -296,7 +296,8 @@ def cgan_colorizer(
     )->Tensor: # (B,3,H,W) in [0,1], with the luma that came in, up to clipping
         if generator is None:
             generator = torch.Generator(gray.device).manual_seed(0)
-        Y, z = gray*2 - 1, sample_noise(G, len(gray), generator).to(gray)
+        Y = gray*2 - 1
+        z = sample_noise(G, gray.shape[0], generator).to(gray) # len() would fix the batch size in an export
         with torch.autocast(gray.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
             uv = upcast_float32(G(Y, z, statistics))
         return yuv_to_rgb(torch.cat([Y, uv], 1))

@@ -79,6 +79,10 @@ def rgb_to_lab(
     return _in_pieces(lab, rgb)
 
 # %% ../nbs/03_color.ipynb #7f87d8a0
+@lru_cache
+def _from_xyz(device, dtype): # (3,3), the inverse of `_xyz`
+    return torch.linalg.inv(_xyz(torch.empty(0, dtype=torch.float64))).to(device, dtype)
+
 def lab_to_rgb(
     lab:Tensor, # (B,3,H,W) in Lab's own units
 )->Tensor: # (B,3,H,W) in [0,1], clipped
@@ -87,7 +91,7 @@ def lab_to_rgb(
     y = (L + 16)/116
     f = torch.stack([y + a/500, y, (y - b/200).clamp(min=0)], 1)
     xyz = torch.where(f > .2068966, f**3, (f - 16/116)/7.787)
-    linear = (torch.linalg.inv(_xyz(lab.double())).to(lab) @ xyz.flatten(2)).view(lab.shape)
+    linear = (_from_xyz(lab.device, lab.dtype) @ xyz.flatten(2)).view(lab.shape)
     foot = .0031308
     return torch.where(linear > foot, 1.055*linear.clamp(min=foot)**(1/2.4) - .055, 12.92*linear).clamp(0, 1)
 

@@ -204,6 +204,10 @@ class RunColorizer:
     gray_kind:str
     device:torch.device
     made_with:dict # what its answers depend on: run and day, or the released model; hashes of the weights and of the sampling
+    trainee:object=None # with the weights, see `Architecture`
+    sampling:dict=field(default_factory=dict)
+    components:dict=field(default_factory=dict) # name -> network, used with it
+    model:str='' # the architecture
 
     def __call__(self, photo:Image.Image, generator:torch.Generator=None, **options)->Image.Image:
         "Colorize an RGB photograph in place; frame, strength and upsampling as in `colorize_rgb`."
@@ -247,13 +251,15 @@ def open_run_colorizer(
     trainee = load_weights(make_trainee(o['model'], o['train'], components=components), weights, device)
     colorize = make_colorizer(o['model'], trainee, sampling, components)
     made_with = dict(run=found.path.name, day=day, weights=_identity(weights), sampling=short_hash(sampling))
-    return RunColorizer(found, day, colorize, o['train']['side'], trainee.gray_kind, device, made_with)
+    return RunColorizer(found, day, colorize, o['train']['side'], trainee.gray_kind, device, made_with, trainee,
+                        sampling, components, o['model'])
 
 def _open_released_colorizer(name, device, parameters):
     found = open_released(name, device)
     sampling = resolve_sampling(found.about['model'], parameters or SimpleNamespace(), sampling=found.about['sampling'])
     made_with = dict(run=f'released {name}', weights=_identity(found.path), sampling=short_hash(sampling))
-    return RunColorizer(None, 0, found.colorizer(sampling), found.side, found.trainee.gray_kind, device, made_with)
+    return RunColorizer(None, 0, found.colorizer(sampling), found.side, found.trainee.gray_kind, device, made_with,
+                        found.trainee, found.about['sampling'] | sampling, found.components, found.about['model'])
 
 # %% ../nbs/63_colorize.ipynb #edf04c7b
 @dataclass(frozen=True)

@@ -429,4 +429,5 @@ ARCHITECTURE = Architecture(
     external_latents=dict(codes=None), # as many as the file has
     published=PublishedWeights('upsamplers', official_folders, official_networks, official_name),
     drawings=dict(figure1=draw_figure1),
+    many_passes='it draws the coarse colors pixel after pixel, each from those before',
 )

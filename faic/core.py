@@ -168,9 +168,11 @@ class BatchGenerator:
 def sample_per_image(
     kind, # torch.rand, torch.randn, or a function of the same arguments
     shape:tuple, # (B,...)
-    generator, # for all images a torch.Generator, a BatchGenerator or None (torch's own); or a list, one per image
+    generator, # a torch.Generator, a BatchGenerator, None (torch's own), a list, one per image, or what has `sample`
 )->torch.Tensor: # of this shape, on the generator's device
     "Draw random numbers for a batch of images."
+    if hasattr(generator, 'sample'):
+        return generator.sample(kind, shape)
     if isinstance(generator, BatchGenerator):
         whole_batch = (generator.images, *shape[1:])
         return sample_per_image(kind, whole_batch, generator.generator)[generator.rows]

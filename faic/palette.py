@@ -325,6 +325,7 @@ _PAPER = dict( # the reference's
     batch_size=4, optimizer='adam', lr=5e-5, beta1=.9, beta2=.999, schedule='constant',
     ema=dict(decay=.9999, start=1, every=1), eval_weights='network',
 )
+_MANY_PASSES = 'it takes many denoising steps, each from the answer of the one before'
 _SAHARIA_RECIPE = {name: SAHARIA[name] for name in ('attention_factors', 'init', 'lr', 'schedule', 'warmup',
                                                     'eval_weights')}
 
@@ -335,6 +336,7 @@ ARCHITECTURE = Architecture(
     variants={'default': {}, 'l1': dict(loss='l1'), 'lr-1e-4': dict(lr=1e-4), 'saharia': _SAHARIA_RECIPE},
     make=make_palette,
     colorizer=_colorizer,
+    many_passes=_MANY_PASSES,
     sampling=dict(sampler='ddpm', sample_steps=1000, noise_levels='test'),
     parameters=_parameters,
 )
@@ -348,6 +350,7 @@ MODERN = Architecture(
     variants={'default': {}, 'beta1-0.7': dict(beta1=.7), 'lr-1e-4': dict(lr=1e-4), 'x0': dict(objective='x0')},
     make=make_palette,
     colorizer=_colorizer,
+    many_passes=_MANY_PASSES,
     sampling=dict(sampler='ddim', sample_steps=20, noise_levels='karras'),
     parameters=_parameters,
 )

@@ -238,7 +238,7 @@ def make_answer(
         if shapes:
             if generator is None:
                 generator = torch.Generator().manual_seed(0)
-            masks = sample_dropout_masks(shapes, len(x), generator, dropout)
+            masks = sample_dropout_masks(shapes, x.shape[0], generator, dropout) # len() would fix it in an export
         was_training = G.training
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bfloat16'):
             found = upcast_float32(G.eval()(x, masks, per_image))
