@@ -71,8 +71,8 @@ def require_onnx():
     "Raise ValueError where a package of the extra `onnx` is missing."
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ValueError(f"export needs the extra onnx, and {', '.join(missing)} is not installed: "
-                         "pip install -c constraints.txt -e '.[onnx]'")
+        raise ValueError(f"export needs the extra onnx; not installed: {', '.join(missing)}. "
+                         "Run pip install -c constraints.txt -e '.[onnx]'")
 
 @contextmanager
 def _quiet(): # PyTorch's exporter warns about its own parts
