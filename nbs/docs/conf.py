@@ -1,7 +1,7 @@
 """Sphinx reads this: the site that `make docs` builds from the notebooks.
 
-Sphinx with MyST-NB and Furo, because its pages show mathematics and search without a network, it knows every function,
-and a link that leads nowhere stops the build; MkDocs with Material loads MathJax from elsewhere and ends in May 2027.
+Sphinx with MyST-NB and Furo shows mathematics and searches without a network, knows every function, and stops at a link
+that leads nowhere. MkDocs with Material loads MathJax from elsewhere, and its support ends in May 2027.
 """
 
 import json
