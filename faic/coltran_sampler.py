@@ -386,4 +386,5 @@ def coltran_colorizer(
     batch:int=256,
 ): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the steps
     "The function colorize(gray, generator) of the trained networks."
-    return staged_colorizer(coltran_stages(colorizer, color, spatial, SamplerOptions(temperature, norm, precision, batch)))
+    options = SamplerOptions(temperature, norm, precision, batch)
+    return staged_colorizer(coltran_stages(colorizer, color, spatial, options))
