@@ -111,15 +111,15 @@ def directive(kind, name, node, symbol, inner=""):
 
 
 def methods(node, symbol):
-    """The public methods of a class that say what they do."""
+    """The public methods of a class that say what they do or what they take."""
     found = []
     for n in node.body:
-        if not isinstance(n, ast.FunctionDef) or not ast.get_docstring(n):
-            continue
-        if n.name.startswith("_") and n.name != "__call__":
+        if not isinstance(n, ast.FunctionDef) or (n.name.startswith("_") and n.name != "__call__"):
             continue
         attribute = getattr(symbol, n.name, None)
-        found.append(directive("method", n.name, n, getattr(attribute, "fget", attribute)))
+        attribute = getattr(attribute, "fget", attribute)
+        if ast.get_docstring(n) or parameter_table(attribute, n):
+            found.append(directive("method", n.name, n, attribute))
     return "\n".join(found)
 
 
