@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from faic.colorize import colorize_photo
+from faic.full_size import colorize_photo
 from faic.components import find_components
 from faic.core import make_generator, pick_device
 from faic.presets import PRESETS, all_components, default_sampling, make_colorizer, make_trainee

@@ -12,7 +12,7 @@ from PIL import Image
 
 import faic.phases
 from faic.architecture import Architecture, integer
-from faic.colorize import colorize_photo
+from faic.full_size import colorize_photo
 from faic.components import find_components
 from faic.figures import figure7
 from faic.parameters import ParameterError

@@ -17,7 +17,8 @@ import faic.colorize
 import faic.full_size
 from faic.cli import main
 from faic.color import luma, rgb_to_lab
-from faic.colorize import RunColorizer, _targets, read_record, run_colorize
+from faic.colorize import _targets, read_record, run_colorize
+from faic.colorizer import RunColorizer
 from faic.core import RESULT_SOFTWARE, RESULTS_MARKER
 from faic.evaluate import gray_baseline
 from faic.full_size import colorize_photo

@@ -13,7 +13,8 @@ import faic.colorize
 from faic.cli import colorize as command
 from faic.cli import main
 from faic.color import rgb_to_lab
-from faic.colorize import RunColorizer, choose_run, read_record, run_colorize
+from faic.colorize import read_record, run_colorize
+from faic.colorizer import RunColorizer, choose_run
 from faic.core import RESULT_SOFTWARE, write_json
 from faic.full_size import UPSAMPLING, colorize_photo, scale_chroma, upsample_chroma
 from faic.parameters import ParameterError
@@ -107,7 +108,7 @@ def test_several_answers_are_those_of_their_seeds(photo, opened, tmp_path):
 
 
 def test_equal_answers_are_explained(photo, opened, monkeypatch):
-    monkeypatch.setattr(faic.colorize.RunColorizer, "__call__", lambda self, photo, generator, **options: photo)
+    monkeypatch.setattr(faic.colorizer.RunColorizer, "__call__", lambda self, photo, generator, **options: photo)
     assert "the model draws no random numbers" in run_colorize(str(photo), samples=2).summary()
     assert "random" not in run_colorize(str(photo)).summary()
 

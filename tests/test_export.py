@@ -11,7 +11,7 @@ from test_architecture import TOY
 
 import faic.export
 from faic.cli import main
-from faic.colorize import RunColorizer
+from faic.colorizer import RunColorizer
 from faic.core import make_generator
 from faic.export import (
     TOLERANCE,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import faic.dataset
 import faic.released
-from faic.colorize import open_run_colorizer
+from faic.colorizer import open_run_colorizer
 from faic.components import study_photos
 from faic.core import Budget
 from faic.days import study_run

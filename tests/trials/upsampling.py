@@ -1,6 +1,6 @@
 """Compare ways to enlarge chroma: python tests/trials/upsampling.py FOLDER, with at least 532 photographs of 256x256.
 
-Writes figures/upsampling.csv, which nbs/28_full_size.ipynb shows. The true a and b of Lab at 64x64 are enlarged to
+Writes figures/upsampling.csv, which nbs/63_full_size.ipynb shows. The true a and b of Lab at 64x64 are enlarged to
 256x256; the error is the mean distance from the true ones there. The first 32 photographs served to choose the
 constants of faic.full_size and are not scored.
 """
