@@ -1,4 +1,5 @@
 """Installs the package that nbdev exports, and the notebooks that `faic run` executes; settings.ini holds the rest."""
+
 import shlex
 import shutil
 from configparser import ConfigParser
@@ -42,7 +43,7 @@ setup(
     install_requires=shlex.split(settings["requirements"]),
     extras_require={
         extra: shlex.split(settings[f"{extra}_requirements"])
-        for extra in ("dev", "cluster", "watch", "formats", "onnx", "docs")
+        for extra in ("dev", "cluster", "watch", "formats", "onnx", "docs", "app")
     },
     entry_points={
         "console_scripts": ["faic=faic.cli:main"],

@@ -122,7 +122,7 @@ def test_package_needs_neither_nbdev_nor_papermill():
     """Models, loop and metrics run where only torch, ignite and the scientific stack are installed."""
     modules = ", ".join(f"faic.{m}" for m in MODULES)
     blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel".split()
-    blocked += ["torchvision", "submitit", "psutil"]
+    blocked += ["torchvision", "submitit", "psutil", "gradio", "ipywidgets"]
     code = f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport {modules}"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def test_every_direct_dependency_is_pinned():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
     named = set()
-    for extra in ("", "dev_", "cluster_", "watch_", "formats_", "onnx_", "docs_"):
+    for extra in ("", "dev_", "cluster_", "watch_", "formats_", "onnx_", "docs_", "app_"):
         named |= {package(specifier) for specifier in shlex.split(config["DEFAULT"][f"{extra}requirements"])}
     pinned = {package(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert named <= pinned, f"not in constraints.txt: {sorted(named - pinned)}"

@@ -18,7 +18,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = ("requirements", "dev_requirements", "cluster_requirements", "watch_requirements", "formats_requirements")
+EXTRAS = ("dev", "cluster", "watch", "formats", "app")
+GROUPS = ("requirements", *(f"{extra}_requirements" for extra in EXTRAS))
 TESTS = (
     "test_golden_pix2pix",
     "test_golden_vqgan",
