@@ -200,7 +200,8 @@ def _is_interval_end(column): # of a metric
 # %% ../nbs/33_intervals.ipynb #ae7368c7
 _FID_INTERVAL = '95 %, grouped jackknife with 20 groups'
 INTERVALS = {'FID': _FID_INTERVAL, 'unpaired FID': _FID_INTERVAL, 'KID': '95 %, delete-one jackknife',
-             'IS': 'plus and minus the standard deviation over 10 splits, from 500 images on'}
+             'IS': 'plus and minus the standard deviation over 10 splits, from 500 images on',
+             'fool rate': '95 %, Wilson over answers'}
 SEEDS_INTERVAL = '95 % t-interval of the mean' # over the seeds
 
 def interval_note(

@@ -430,7 +430,8 @@ JUDGES = {
     'agreement': MetricSpec('higher', '', '.1%', True),
     'diversity': MetricSpec('', 'Lab', '.2f', False),
     'mean chroma error of 4': MetricSpec('lower', 'Lab', '.2f', False),
-    'least chroma error of 4': MetricSpec('lower', 'Lab', '.2f', False)}
+    'least chroma error of 4': MetricSpec('lower', 'Lab', '.2f', False),
+    'fool rate': MetricSpec('higher', '', '.1%', False)}
 
 # %% ../nbs/08_metrics.ipynb #8598b618
 def column_name(
