@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'read_record', 'find_photographs', 'TargetTaken', 'save_result', 'move_to_free_name', 'Colorized',
-           'path_list', 'colorize_parameters', 'run_colorize', 'reduce_picture', 'preview']
+           'path_list', 'colorize_parameters', 'run_colorize', 'reduce_picture', 'side_by_side', 'preview']
 
 # %% ../nbs/65_colorize.ipynb #6aa71f98
 import json, mimetypes, os, unicodedata
@@ -317,7 +317,7 @@ def _colorize_file(found, file, targets, photographs, p):
         result = _answer(found, photo, make_generator(records[target]['seed'], file.name), p)
         _save_answer(result, picture, target, records[target], p)
     if targets[-1] in missing[len(left):]:
-        save_result(_side_by_side(gray, answers), targets[-1], records[targets[-1]], p.overwrite,
+        save_result(side_by_side(gray, answers), targets[-1], records[targets[-1]], p.overwrite,
                     icc_profile=picture.metadata['icc_profile'])
 
 # %% ../nbs/65_colorize.ipynb #49a0f09d
@@ -354,7 +354,11 @@ def reduce_picture(
     scale = min(1, side/max(picture.size))
     return picture.resize([max(1, round(length*scale)) for length in picture.size], reducing_gap=3).convert('RGB')
 
-def _side_by_side(gray, files): # gray: RGB, reduced
+def side_by_side(
+    gray:Image.Image, # RGB, reduced
+    files:list, # of pictures, the answers
+)->Image.Image:
+    "Put a gray photograph and its answers into one row."
     row = [gray]
     for file in files:
         with Image.open(file) as answer:
