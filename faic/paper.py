@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'PAPER_IMAGES', 'MODEL_NAMES', 'PAPER_FID', 'PAPER_WINNER', 'PAPER_WORK', 'COMPONENT_NAMES',
-           'PAPER_FIGURES', 'HYPOTHESIS']
+           'PAPER_FIGURES', 'HYPOTHESIS', 'QUESTION']
 
 # %% ../nbs/40_paper.ipynb #df44c340
 PAPER_TABLES = {
@@ -43,3 +43,5 @@ COMPONENT_NAMES |= {f'vqgan_{f}{end}': f'VQGAN {f}{words}' for f in ('f4', 'f8',
 PAPER_FIGURES = {'Figure 4': ('phase1', 'pix2pix'), 'Figure 5': ('phase1', 'coltran'), 'Figure 6': ('phase1', 'bbdm'),
                  'Figure 8': ('phase2', 'pix2pix'), 'Figure 9': ('phase2', 'coltran'), 'Figure 10': ('phase2', 'bbdm')}
 HYPOTHESIS = dict(model='bbdm', text='the diffusion model is best under all circumstances except speed')
+QUESTION = ('Which architecture colorizes photographs best: a GAN, a Transformer or a diffusion model, given the same '
+            'photographs, the same machine and the same budget?')

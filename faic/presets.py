@@ -6,13 +6,21 @@
 __all__ = ['ARCHITECTURES', 'PAPER_MODELS', 'PRESETS', 'DAYS', 'find_architecture', 'all_components', 'find_description',
            'default_variants', 'default_variant', 'Preset', 'preset_precision', 'preset_side', 'default_latent',
            'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'paper_work',
-           'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling']
+           'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling',
+           'training_flop']
 
 # %% ../nbs/41_presets.ipynb #cee6d1fd
 import re
 from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .architecture import Architecture
+from .batches import Batch
 from .bbdm import ARCHITECTURE as BBDM
 from .cgan import ARCHITECTURE as CGAN
 from .classifier import ARCHITECTURE as CLASSIFIER
@@ -306,3 +314,36 @@ def default_sampling(model:str, preset:str)->dict:
 def describe_sampling(sampling:dict)->str:
     "How a row of metrics names its sampling, e.g. 'batch_norm=image'."
     return ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in sorted(sampling.items()))
+
+# %% ../nbs/41_presets.ipynb #41a20001
+def training_flop(
+    model:str, # an architecture or a component
+    options:dict, # of a run, see model_options
+    components:dict={}, # name -> options, of the networks that it is trained on, such as a first stage
+    step:int=0, # of the training: a discriminator may take part later
+)->float: # FLOP per photograph; where networks take turns, the mean of their steps
+    "Count the arithmetic of a training step, forward and backward of all updates, on tensors without content."
+    # a module's conversion swaps its weights, which those without content refuse; no conversion changes the count
+    with FakeTensorMode(allow_non_fake_inputs=True), patch('torch.utils.swap_tensors'):
+        networks = {name: make_trainee(name, o).networks()['net'] for name, o in components.items()}
+        trainee = make_trainee(model, options, components=networks)
+        for net in trainee.networks().values():
+            if hasattr(net, 'set_steps'):
+                net.set_steps(step)
+        batch, turns = _empty_batch(trainee, options['side'], bool(networks)), getattr(trainee, 'cycle', 1)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): # fused attention is not counted
+            for turn in range(turns):
+                _backward(trainee, batch | dict(step=turn))
+    return counter.get_total_flops()/turns
+
+# %% ../nbs/41_presets.ipynb #41a20002
+def _empty_batch(trainee, side, in_latents): # of one photograph
+    index, pixels = torch.arange(1), torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    if in_latents and hasattr(trainee, 'prepare'): # training reads what was prepared once
+        return dict(index=index, latents=trainee.prepare(pixels)[:, 0])
+    return Batch(index, pixels, trainee.gray_kind)
+
+def _backward(trainee, batch): # the gradients of every loss, as the loop asks for them
+    networks = trainee.networks()
+    for name, loss in trainee.losses(batch, None):
+        loss.backward(inputs=[p for p in networks[name].parameters() if p.requires_grad])

@@ -275,6 +275,11 @@ class PatchDiscriminator(nn.Module):
         self.steps += 1
         self._known = self.steps._version, made
 
+    def set_steps(self, made:int):
+        "Go to a batch of the training."
+        self.steps.fill_(made)
+        self._known = self.steps._version, made
+
 # %% ../nbs/23_vqgan.ipynb #4ac0254f
 DISCRIMINATORS = { # LDM's: batches before the discriminator takes part, its weight, its depth
     'f4': dict(disc_start=0, disc_weight=.75, disc_layers=3),

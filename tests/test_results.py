@@ -31,9 +31,9 @@ LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
 DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
 TABLES = ("table1", "table2", "table3", "table4", "table_judges", "table_phase2", "table_sizes", "table_steps")
-TABLES += ("table_training",)
+TABLES += ("table_training", "table_costs", "record")
 FILES = [f"{t}.{e}" for t in TABLES for e in ("csv", "md")]
-FILES += [f"figure{n}.png" for n in (*range(1, 12), "_steps")] + ["hypothesis.md"]
+FILES += [f"figure{n}.png" for n in (*range(1, 12), "_steps", "_costs")] + ["hypothesis.md", "report.pdf"]
 
 
 def scores(fid, width=2.0, only=METRICS):
