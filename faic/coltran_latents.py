@@ -8,7 +8,7 @@ __all__ = ['LatentColTran', 'latent_stages', 'latent_coltran_colorizer', 'make_c
 
 # %% ../nbs/29_coltran_latents.ipynb #2ead9c7d
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .coltran import ColTran, ColTranColor, ColTranSpatial, Colorizer, init_weights
 from .coltran_sampler import BatchSampler, SamplerOptions, coltran_colorizer

@@ -60,7 +60,7 @@ def sample_naive(
     "Draw pixel by pixel and compute everything anew each time, as the official code does."
     _check_numbers(len(gray), generators, temperature)
     z = net.encode(gray)
-    (B, H, W, D), symbols_known = z.shape, net.pixel.num_embeddings
+    (B, H, W, _), symbols_known = z.shape, net.pixel.num_embeddings
     canvas, above = torch.zeros_like(z), torch.zeros_like(z)
     symbols, logits = gray.new_zeros(B, H, W), z.new_zeros(B, H, W, symbols_known)
     for r in ProgressBar(range(H), desc='simple sampler, rows', leave=False, delay=2):

@@ -22,9 +22,10 @@ from .paper import PAPER_FID, PAPER_IMAGES, PAPER_TABLES, PAPER_WORK
 from .presets import ARCHITECTURES, all_components
 from .runs import primary_rows
 from .selection import (TRAINED_BEFORE, RunSelection, all_models, common_day, extra_models, first_seed,
-                            model_components, model_name, seeds_compared, seeds_text, selection_network, winner_of)
+                            model_components, model_name, seeds_text, selection_network, winner_of)
 from .tables import (WORK_LINES, Table, baseline_entries, epochs_per_step, format_value, newest_day, run_entries,
                          score_view, seed_entries, text_or_status)
+from .winner import seeds_compared
 
 # %% ../nbs/52_score_tables.ipynb #b8752385
 def _score_table(title, entries, selection, phase, models, notes=()):

@@ -24,7 +24,6 @@ from .presets import (ARCHITECTURES, PAPER_MODELS, all_components, components_of
 from .runs import Run, primary_rows, read_runs
 from .winner import (Winner, check_same_options, choose_winner, daily_seed_means, describe_lead, name_seeds,
                          newest_scored, same_sampling, scoring_network, select_winner)
-from .winner import competing_runs, seeds_compared, write_winner # imported from here by other chapters
 
 # %% ../nbs/45_selection.ipynb #b1ff2f2a
 TRAINED_BEFORE = {'pretrained': 'pre-trained', 'released': 'released'} # variant that was only scored -> its name

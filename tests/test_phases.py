@@ -23,7 +23,7 @@ from faic.phases import run_phase2
 from faic.photos import describe
 from faic.presets import default_sampling
 from faic.runs import primary_rows, read_runs
-from faic.selection import describe_lead, write_winner
+from faic.winner import describe_lead, write_winner
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ from faic.presets import (
 )
 from faic.resume import load_weights, work_done
 from faic.runs import keep_samples, primary_rows, read_runs
-from faic.selection import phase1_winner, write_winner
+from faic.selection import phase1_winner
+from faic.winner import write_winner
 from faic.trainer import train_day
 
 MODELS = PAPER_MODELS
