@@ -198,8 +198,8 @@ def _fool_rate_notes(answers):
     if not len(answers):
         return
     left_out = fool_rate(answers).left_out
-    yield ('Fool rate: the share of pairs in which people took the colorization, at the full size of a photograph and '
-           'with its lightness, for the photograph; at 50 % nobody can tell. '
+    yield ('Fool rate: the share of pairs in which people took the colorization for the photograph; at 50 % nobody '
+           'can tell. Both pictures have the photograph\'s lightness, and at most 384 pixels a side. '
            f'Left out: {left_out} who missed attention checks or saw none.')
 
 # %% ../nbs/52_score_tables.ipynb #511e9d5c
@@ -216,8 +216,8 @@ def judges_table(selection:RunSelection)->Table:
              'Agreement: the share of images in which EfficientNet-Lite2 sees the same class as in the photograph. '
              'EfficientNet-Lite2 is a relative of the network of the daily FID; VGG16-HED is not.',
              'Difference of colorfulness: of means, pale and vivid images cancel; per image, they do not.',
-             f'Diversity, mean and least chroma error of {SAMPLES_EACH} samples (the least is the literature\'s best of '
-             f'k): on at most {SAMPLED_PHOTOS} photographs; n/a where a model gives a photograph the same colors twice.',
+             f'Diversity, mean and least chroma error of {SAMPLES_EACH} samples (the least is also called best of k): '
+             f'on at most {SAMPLED_PHOTOS} photographs; n/a where a model gives a photograph the same colors twice.',
              'Agreement, further networks and samples: after the last day of phase 2 alone.',
              *_fool_rate_notes(answers), *_budget_notes(entries), interval_note(specs), gray_note(selection),
              *caution(selection)]
