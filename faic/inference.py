@@ -93,7 +93,7 @@ def open_model(
         components = find_components(run, decoder, 'cpu')
     else:
         components = untrained_components(model, p.preset, latent_of(model, p), **decoder)
-    options = model_options(model, p.preset, latent=latent_of(model, p))
+    options = run.options['train'] if run else model_options(model, p.preset, latent=latent_of(model, p))
     trainee = make_trainee(model, options, components=components)
     if run:
         load_weights(trainee, last_day(run)[1])

@@ -1,5 +1,7 @@
 """The conditional GAN in the phases: networks that take turns, an interruption in the middle of a cycle, a photograph."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,13 +13,16 @@ from safetensors.torch import load_file
 import faic.cgan
 import faic.phases
 from faic.cgan import CGAN
+from faic.components import make_trainer
 from faic.core import Budget, make_generator
 from faic.dataset import load_photos
 from faic.days import run_days, study_run
+from faic.inference import open_model
 from faic.parameters import ParameterError
 from faic.phases import run_phase1, run_phase2
 from faic.presets import ARCHITECTURES, find_architecture, make_trainee, model_options
 from faic.train import TrainingState, train_step
+from faic.trainer import train_day
 
 
 @pytest.fixture
@@ -45,6 +50,16 @@ def test_phase1_phase2_and_a_photograph(photographs, quick):
     assert result.size == (90, 70) and result.mode == "RGB"
     with pytest.raises(ParameterError, match="expected one of 'image', 'batch', 'running'"):
         run_phase2("cgan", budget="2 steps", statistics="own", **settings)
+
+
+def test_weights_of_a_winner_with_more_layers_are_timed(photographs, quick):
+    photos = load_photos(photographs)
+    run = study_run("phase2", "cgan", "noise-3", "smoke", 0, photos, Budget(5, "steps"), CPU)
+    weights = load_file(train_day(make_trainer(run, photos, "phase2", 1, CPU), 1))
+    timed = open_model("cgan", SimpleNamespace(preset="smoke", seed=0, latent=""), photos)
+    assert timed.run.path == run.path
+    state = timed.trainee.networks()["G"].state_dict()
+    assert same(state, {name.removeprefix("G."): value for name, value in weights.items() if name.startswith("G.")})
 
 
 @pytest.mark.parametrize("variant", ["default", "noise-3"])
