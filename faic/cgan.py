@@ -185,7 +185,7 @@ def interpolated_slopes(
 )->Tensor: # (B,) for 'image', (B,3,W) for 'official'
     "Norms of the critic's gradient between photographs and fakes: over an image, or over each column by mistake."
     x = (real + alpha*(fake - real)).detach().requires_grad_()
-    total = upcast_float32(critic(x)).sum()*float(counted)
+    total = upcast_float32(critic(x.view_as(x))).sum()*float(counted) # a FLOP counter cannot hook a leaf
     gradient, = torch.autograd.grad(total, x, create_graph=True)
     return torch.linalg.vector_norm(gradient, dim=(1, 2, 3) if kind == 'image' else 2)
 

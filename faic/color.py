@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SRGB_FOOT', 'RGB_TO_XYZ', 'WHITE', 'F_FOOT', 'PIECE', 'GRAYS', 'GRAY_KINDS', 'TO_YUV', 'FROM_YUV', 'rgb_to_lab',
-           'lab_to_rgb', 'ciede2000', 'scale_lab', 'unscale_lab', 'scaled_lab', 'luma', 'rgb_to_yuv', 'yuv_to_rgb',
-           'transfer_lightness', 'to_uint8', 'truncate_uint8', 'srgb_profile', 'ProfileConversion',
-           'profile_conversion', 'png_profile']
+           'lab_to_rgb', 'forget_constants', 'ciede2000', 'scale_lab', 'unscale_lab', 'scaled_lab', 'luma',
+           'rgb_to_yuv', 'yuv_to_rgb', 'transfer_lightness', 'to_uint8', 'truncate_uint8', 'srgb_profile',
+           'ProfileConversion', 'profile_conversion', 'png_profile']
 
 # %% ../nbs/03_color.ipynb #c048986b
 import io, math, struct
@@ -94,6 +94,12 @@ def lab_to_rgb(
     linear = (_from_xyz(lab.device, lab.dtype) @ xyz.flatten(2)).view(lab.shape)
     foot = .0031308
     return torch.where(linear > foot, 1.055*linear.clamp(min=foot)**(1/2.4) - .055, 12.92*linear).clamp(0, 1)
+
+# %% ../nbs/03_color.ipynb #8243b49d
+def forget_constants():
+    "Drop the cached tables, e.g. those that were made while tensors had no content."
+    for table in (_linear_table, _constant, _from_xyz):
+        table.cache_clear()
 
 # %% ../nbs/03_color.ipynb #873d8b91
 def _chroma_and_hue(lab, G): # chroma C' and hue h' in radians, 0 to 2 pi

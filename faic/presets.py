@@ -24,6 +24,7 @@ from .batches import Batch
 from .bbdm import ARCHITECTURE as BBDM
 from .cgan import ARCHITECTURE as CGAN
 from .classifier import ARCHITECTURE as CLASSIFIER
+from .color import forget_constants
 from .coltran_checkpoints import ARCHITECTURE as COLTRAN
 from .core import Budget, has_bfloat16, pick_device
 from .first_stages import VQGANS, first_stage_name
@@ -324,16 +325,22 @@ def training_flop(
 )->float: # FLOP per photograph; where networks take turns, the mean of their steps
     "Count the arithmetic of a training step, forward and backward of all updates, on tensors without content."
     # a module's conversion swaps its weights, which those without content refuse; no conversion changes the count
-    with FakeTensorMode(allow_non_fake_inputs=True), patch('torch.utils.swap_tensors'):
-        networks = {name: make_trainee(name, o).networks()['net'] for name, o in components.items()}
-        trainee = make_trainee(model, options, components=networks)
-        for net in trainee.networks().values():
-            if hasattr(net, 'set_steps'):
-                net.set_steps(step)
-        batch, turns = _empty_batch(trainee, options['side'], bool(networks)), getattr(trainee, 'cycle', 1)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): # fused attention is not counted
-            for turn in range(turns):
-                _backward(trainee, batch | dict(step=turn))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), patch('torch.utils.swap_tensors'):
+            return _count_flop(model, options, components, step)
+    finally:
+        forget_constants() # colors may have been converted for the first time
+
+def _count_flop(model, options, components, step):
+    networks = {name: make_trainee(name, o).networks()['net'] for name, o in components.items()}
+    trainee = make_trainee(model, options, components=networks)
+    for net in trainee.networks().values():
+        if hasattr(net, 'set_steps'):
+            net.set_steps(step)
+    batch, turns = _empty_batch(trainee, options['side'], bool(networks)), getattr(trainee, 'cycle', 1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): # fused attention is not counted
+        for turn in range(turns):
+            _backward(trainee, batch | dict(step=turn))
     return counter.get_total_flops()/turns
 
 # %% ../nbs/41_presets.ipynb #41a20002

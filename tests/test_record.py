@@ -5,18 +5,20 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
 import faic.benchmark
 import faic.presets
 from faic.benchmark import mean_costs, photographs_seen, run_flop, training_costs
+from faic.color import forget_constants, rgb_to_lab
 from faic.core import RESULT_SOFTWARE, write_json
 from faic.drawing import save_figure
 from faic.figures import COST_AXES, figure_costs
 from faic.metrics import column_name
 from faic.notes import example_run, example_scores
-from faic.presets import training_flop
+from faic.presets import model_options, training_flop
 from faic.results import draw_report, page_tables
 from faic.selection import RunSelection, select_runs
 from faic.time_tables import costs_table, record_table, record_target
@@ -195,3 +197,16 @@ def test_the_sheet_is_one_page_with_the_same_bytes(folder, flop, tmp_path):
         RunSelection("gpu", "nowhere", 0, {}), page_tables(RunSelection("gpu", "nowhere", 0, {})), pictures
     )
     assert any("No answer yet" in text.get_text() for text in empty.texts)
+
+
+def test_counting_leaves_no_tables_without_content():
+    """Colors that are converted for the first time while tensors have no content must not be kept."""
+    forget_constants()
+    assert training_flop("pix2pix", model_options("pix2pix", "smoke")) > 0
+    assert rgb_to_lab(torch.ones(1, 3, 2, 2))[0, 0].mean().item() == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["default", "penalty", "penalty-image", "noise-3"])
+def test_the_arithmetic_of_a_gradient_penalty_is_counted(variant):
+    plain, counted = (training_flop("cgan", model_options("cgan", "smoke", v)) for v in ("default", variant))
+    assert (counted > 1.4 * plain) == (variant != "default")
