@@ -206,7 +206,7 @@ def test_counting_leaves_no_tables_without_content():
     assert rgb_to_lab(torch.ones(1, 3, 2, 2))[0, 0].mean().item() == pytest.approx(100, abs=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["default", "penalty", "penalty-image", "noise-3"])
+@pytest.mark.parametrize("variant", ["penalty", "penalty-image", "noise-3"])
 def test_the_arithmetic_of_a_gradient_penalty_is_counted(variant):
     plain, counted = (training_flop("cgan", model_options("cgan", "smoke", v)) for v in ("default", variant))
-    assert (counted > 1.4 * plain) == (variant != "default")
+    assert counted > 1.4 * plain  # the penalty is a gradient of a gradient
