@@ -44,7 +44,7 @@ spends nothing on lightness. The preset's 32 channels at 64x64 cost most of a st
 from the photograph's lightness here. Half as wide with a level more, it sees more than twice the photographs in the
 same time, and keeps its numbers for what a photograph shows.
 
-coltran, 0.31 + 0.06 million (dim 48). Small, as each of its 4096 pixels costs a step when it samples. The color
+coltran, 0.31 + 0.07 million (dim 48). Small, as each of its 4096 pixels costs a step when it samples. The color
 upsampler gets a quarter of the steps.
 
 bbdm, 2.04 million (channels 16, four levels). In pixels, as a first stage would cost megabytes. Narrower and deeper for
