@@ -243,10 +243,8 @@ def training_costs(
 def _or_nan(count, *args):
     try:
         return count(*args)
-    except (KeyError, TypeError, ValueError, FileNotFoundError): # options of another version; a component elsewhere
-        return math.nan
-    except RuntimeError: # losses that read the content of a tensor cannot be counted without any
-        return math.nan
+    except (KeyError, TypeError, ValueError, FileNotFoundError, RuntimeError):
+        return math.nan # options of another version; a component elsewhere; losses that read a tensor's content
 
 def mean_costs(
     runs:list, # of Run, one per seed

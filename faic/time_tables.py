@@ -224,7 +224,7 @@ COST_LINES = ( # column, name of the line, format
 COST_NOTES = ('Photographs: of the steps of the model itself. Seconds and FLOP include the training of its components, '
               'in both phases. They leave out other variants of phase 1, the encoding of latents, and scoring.',
               'FLOP: of convolutions, matrix products and attention, forward and backward of all updates. '
-              'n/a: a run with options of another version, or without its components.')
+              'n/a: a run with options of another version, without its components, or with losses that read the data.')
 
 def learning_costs(selection:RunSelection)->dict: # key of a model -> DataFrame, a row per day; empty: not run
     "Join the daily scores of phase 2 with what the days cost."
