@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from .color import rgb_to_lab
@@ -224,5 +223,6 @@ def fool_rate(
     left_out = pairs['judge'].nunique() - judges
     if not n:
         return FoolRate(np.nan, np.nan, np.nan, 0, 0, left_out)
+    from scipy.stats import binomtest # takes a second to import
     interval = binomtest(fooled, n).proportion_ci(method='wilson')
     return FoolRate(fooled/n, float(interval.low), float(interval.high), n, judges, left_out)
