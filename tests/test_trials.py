@@ -24,7 +24,6 @@ import gpu_photos  # noqa: E402
 from gpu_stage import Item, Lane, supervise  # noqa: E402
 
 
-@pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Every stage at toy size, a minute on an idle core; the seconds are printed, not compared."""
     command, environment = (
