@@ -1,5 +1,6 @@
 """Weights for release: trained, chosen and written by one script, opened and used by `faic colorize`."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,15 +24,19 @@ import faic.released
 from faic.colorizer import open_run_colorizer
 from faic.components import study_photos
 from faic.core import Budget
+from faic.dataset import load_photos
 from faic.days import study_run
 from faic.figures import figure7
+from faic.judges import efficientnet_lite2
+from faic.metrics import efficientnet_lite0
 from faic.phases import Workplace, compare_days, score_trained_before
 from faic.presets import default_sampling, make_trainee, model_options
 from faic.released import choose_released, open_released, open_weights, pack_release, released_models
 from faic.score_tables import phase2_entries
 from faic.selection import select_runs
 
-TRIALS = Path(__file__).resolve().parent / "trials"
+ROOT = Path(__file__).resolve().parents[1]
+TRIALS = ROOT / "tests" / "trials"
 sys.path.insert(0, str(TRIALS))
 
 import release  # noqa: E402
@@ -231,3 +236,33 @@ def test_two_slices_become_a_release_that_colorizes(weights, photo, tmp_path, mo
     assert done.returncode == 0 and "released classifier, on cpu: 1 colorized" in done.stderr, done.stderr
     answer = np.asarray(Image.open(tmp_path / "out" / "grandmother.png").convert("RGB")).astype(int)
     assert answer.shape == (40, 60, 3) and np.ptp(answer, axis=2).max() > 0
+
+
+# the files that come with the package
+
+SHIPPED = sorted((ROOT / "faic" / "weights").glob("*.safetensors"))
+
+
+def test_the_shipped_files_are_small_and_their_cards_describe_them():
+    sizes = {file.stem: file.stat().st_size for file in SHIPPED}
+    assert max(sizes.values(), default=0) <= release.MOST and sum(sizes.values()) <= release.MOST_TOGETHER
+    for file in SHIPPED:
+        card = json.loads(file.with_suffix(".json").read_text())
+        assert card["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest() and card["bytes"] == sizes[file.stem]
+        assert card["weakness"] and "dirty" not in card["commit"]
+        assert file.with_suffix(".md").read_text() == release_card.card_text(file.stem, card)
+        assert file.with_suffix(".jpg").is_file()
+    cards = release_card.read_cards(ROOT / "faic" / "weights")
+    assert not cards or (ROOT / "faic" / "weights" / "default.txt").read_text().strip() == release.best_card(cards)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_weights_color_photographs_better_than_gray(file, monkeypatch):
+    """On every eighth embedded photograph; none was trained on."""
+    monkeypatch.setenv("FAIC_WEIGHTS", str(file.parent))
+    photos = load_photos("embedded", 64)
+    photos = replace(photos, splits=dict(test=np.arange(0, len(photos.array), 8)))
+    scores = release_card.score_on_test(open_weights(file), photos, (efficientnet_lite0(), efficientnet_lite2()))
+    gray, ours = scores["gray image"], scores[file.stem]
+    assert ours["colorfulness"][0] > 10
+    assert ours[release.KID][0] < gray[release.KID][0]
