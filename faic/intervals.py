@@ -42,7 +42,7 @@ def colorfulness_differences(
     real:np.ndarray, # (n,) of the same photographs
     seed:int=0,
 )->dict: # name -> (value, low, high)
-    "The difference of colorfulness both ways: of the means, and per image."
+    "Compute both differences of colorfulness: of the means, and per image."
     difference = np.asarray(fake) - np.asarray(real)
     return {'colorfulness difference of means': _absolute(*bootstrap_interval(difference, seed)),
             'colorfulness difference per image': bootstrap_interval(np.abs(difference), seed)}
@@ -58,7 +58,7 @@ def _stats_without(
     x:Tensor, # (n,D) float64
     groups:list, # of arrays of rows
 ): # yields FeatureStats
-    "The statistics of all rows but those of a group, for each group."
+    "Yield the statistics of all rows but those of a group, for each group."
     center = x.mean(0)
     x = x - center # around their mean, so that the subtraction below loses no digits
     total, products = x.sum(0), x.T @ x
