@@ -47,14 +47,14 @@ def first_stage_name(
     latent:str, # 'f4', 'f8', 'f16'; 'none': pixels
     first_stage:str='', # 'plain': without the perceptual term; '' or a file: with it
 )->str: # name of a component; '' on pixels
-    "The component that makes an architecture's latents."
+    "Name the component that makes an architecture's latents."
     if latent == 'none':
         return ''
     return f'vqgan_{latent}_plain' if first_stage == 'plain' else f'vqgan_{latent}'
 
 # %% ../nbs/35_first_stages.ipynb #cdbbbfe2
 def ldm_state(path:Path)->tuple: # dict name -> tensor; how many loss.* tensors were left out
-    "The weights in an LDM checkpoint."
+    "Read the weights in an LDM checkpoint."
     content = safe_load(path)
     state = content.get('state_dict')
     if not isinstance(state, dict):
@@ -90,7 +90,7 @@ def infer_config(
     state:dict, # name -> tensor, of a first stage
     source, # where it comes from, for the error
 )->dict: # keyword arguments of VQModel
-    "The sizes that the shapes of the tensors show."
+    "Infer a network's sizes from the shapes of its tensors."
     try:
         return _read_sizes(state)
     except KeyError as e:
@@ -117,13 +117,13 @@ def model_from_state(
     state:dict, # name -> tensor, with LDM's names
     source='the state', # where it comes from, for errors
 )->VQModel: # in eval mode
-    "The first stage whose sizes the tensors show, with these weights."
+    "Make the first stage of the tensors' sizes and load them."
     net = VQModel(**infer_config(state, source))
     load_strict(net, state, source)
     return net.eval()
 
 def ldm_model(path:Path)->VQModel: # in eval mode
-    "The first stage in an LDM checkpoint."
+    "Load the first stage in an LDM checkpoint."
     return model_from_state(ldm_state(path)[0], path)
 
 # %% ../nbs/35_first_stages.ipynb #2fb6d9e0
@@ -131,7 +131,7 @@ def external_first_stage(
     path:str, # of LDM's model.ckpt, or of a file like it
     latent:str='', # a key of FIRST_STAGES that it must be for; '': any
 )->VQModel:
-    "The VQGAN in a file; ValueError where there is none, or one for another latent."
+    "Load the VQGAN in a file; ValueError where there is none, or one for another latent."
     file = Path(string(path)).expanduser()
     if not file.is_file():
         raise ValueError(f"{file} is no file; expected '', 'plain' or the path of a checkpoint of LDM, "
@@ -156,7 +156,7 @@ def _factor_and_channels(latent):
 def external_name(
     path:str, # of a first stage
 )->str: # 'given:' and six hex digits
-    "The name of a given first stage in options: the same for a copy of the file."
+    "Name an external first stage in options: the same for a copy of the file."
     with open(Path(path).expanduser(), 'rb') as f:
         return f'given:{hashlib.file_digest(f, "sha256").hexdigest()[:6]}'
 
@@ -166,7 +166,7 @@ def count_codes(
     net:VQModel,
     batches:Iterable, # of dicts with 'rgb' (B,3,H,W) in [0,1]
 )->Tensor: # (n_embed,) long
-    "How often each code occurs in a set of photographs."
+    "Count how often each code occurs in a set of photographs."
     codes = len(net.quantize.embedding.weight)
     return sum(torch.bincount(net.quantize(net.encode(b['rgb']*2 - 1))[1], minlength=codes) for b in batches)
 
@@ -174,7 +174,7 @@ def codebook_usage(
     net:VQModel,
     batches:Iterable, # of dicts with 'rgb' (B,3,H,W) in [0,1]
 )->dict: # 'codebook usage': share of the codes that occur; 'perplexity': as many codes, used equally, carry as much
-    "How the codebook is used by a set of photographs."
+    "Describe how a set of photographs uses the codebook."
     count = count_codes(net, batches)
     share = count.double()/count.sum()
     usage, perplexity = count.bool().double().mean(), torch.special.entr(share).sum().exp()
