@@ -20,7 +20,7 @@ from .vqgan import (DISCRIMINATORS, FIRST_STAGES, Decoder, Downsample, ImageTerm
 
 # %% ../nbs/38_gray_decoder.ipynb #f3bc13b4
 class GrayBranch(nn.Module):
-    "The gray photograph as maps for each level of a decoder."
+    "Encode the gray photograph as one map for each level of a decoder."
     def __init__(self,
         widths:list, # channels of the branch on each level, finest first
         into:list, # channels of what enters each level of the decoder, finest first
@@ -78,7 +78,7 @@ class GrayDecoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, first_stage:VQModel):
-        "Take the weights of a first stage's decoder."
+        "Copy the weights of a first stage's decoder."
         self.post_quant_conv.load_state_dict(first_stage.post_quant_conv.state_dict())
         self.decoder.load_state_dict(first_stage.decoder.state_dict())
 
@@ -178,5 +178,5 @@ def gray_decoder_name(
     first_stage:str, # name of a component, see first_stage_name
     decoder:str, # 'gray' or 'gray:<hash>'; '': the first stage's own
 )->str: # name of a component; '' where none is asked for
-    "The component that decodes in place of a first stage."
+    "Name the component that decodes in place of a first stage."
     return f'{first_stage}_gray' if decoder.startswith('gray') and first_stage else ''
