@@ -29,14 +29,14 @@ from .selection import model_key, model_name
 # %% ../nbs/66_app.ipynb #a860bf1f
 @dataclass(frozen=True)
 class Shown:
-    "One answer as the page shows it: reduced pictures."
+    "One colorization as the page shows it: reduced pictures."
     caption:str
     before:str # path of the gray photograph
-    after:str # path of the answer
+    after:str # path of the colorization
 
 @dataclass
 class Uploads:
-    "What became of uploaded photographs."
+    "The outcome for each uploaded photograph."
     made:dict=field(default_factory=dict) # photograph -> its PNGs
     reasons:dict=field(default_factory=dict) # name -> why it has no colors
     notes:list=field(default_factory=list) # sentences
@@ -48,7 +48,7 @@ class Uploads:
 
 # %% ../nbs/66_app.ipynb #bbfff76a
 def copy_uploads(
-    uploads:list, # of (file, name): where an upload lies, and what its owner calls it
+    uploads:list, # of (file, name): where an upload is, and its owner's name for it
     folder:Path, # gets a folder for each, so that equal names stay apart
 )->list: # of paths
     "Copy uploads under their owner's names."
@@ -65,7 +65,7 @@ def colorize_uploads(
     report:Callable=None, # called as report(number of finished photographs, name of the last)
     **parameters, # of run_colorize: model, strength, seed, samples, ...
 )->Uploads:
-    "Colorize as `faic colorize` does; what stops one photograph, or all of them, is returned as text."
+    "Colorize as `faic colorize` does; return as text what stops one photograph, or all of them."
     found = Uploads()
     def finish(file, targets, reason):
         if reason:
@@ -93,7 +93,7 @@ def show_uploads(
     found:Uploads,
     folder:Path, # for the reduced pictures
 )->list: # of Shown
-    "Reduce each photograph, in gray, and its answers."
+    "Reduce each photograph, in gray, and its colorizations."
     folder.mkdir(exist_ok=True)
     shown = []
     for i, (file, targets) in enumerate(found.made.items()):
@@ -222,7 +222,7 @@ def colorizing_tab(
     page, # gradio's Blocks, which is being made
     work:Path, # folder for uploads and results
 ):
-    "Put the colorizing of photographs into the page."
+    "Add the tab that colorizes to the page."
     import gradio as gr
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -313,7 +313,7 @@ def serve_page(
 
 # %% ../nbs/66_app.ipynb #27fea1cb
 def opened_in_jupyter()->bool:
-    "Does a person look at this notebook? A Jupyter server names the sessions that it starts."
+    "Tell whether a person has opened this notebook: a Jupyter server names the sessions that it starts."
     command = launch_command()
     started_by_server = re.match(r'(python\S* -m )?jupyter', command) and not re.search('nbconvert|execute', command)
     return kernel_shell() is not None and 'JPY_SESSION_NAME' in os.environ and bool(started_by_server)
@@ -321,7 +321,7 @@ def opened_in_jupyter()->bool:
 def upload_button(
     parameters, # of the notebook, see colorize_parameters
 ):# -> ipywidgets' VBox
-    "Offer an upload button; what it gets is colorized and shown below it."
+    "Offer an upload button; colorize what it receives and show it below."
     import ipywidgets
     button = ipywidgets.FileUpload(multiple=True, description='Photographs', layout=dict(width='200px'))
     output, options = ipywidgets.Output(), {**vars(parameters)}
