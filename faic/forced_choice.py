@@ -92,7 +92,7 @@ def plan_trials(
 # %% ../nbs/67_forced_choice.ipynb #632bb2c4
 @dataclass(frozen=True)
 class Experiment:
-    "What is judged, and where the answers go."
+    "What is judged, and where the answers are stored."
     folder:Path # of the answers
     photographs:dict # see `read_photographs`
     colorizers:list # of RunColorizer
@@ -129,7 +129,7 @@ def judge_number(
     "Check a judge's number, or draw one."
     judge = str(judge or '').strip().lower() or secrets.token_hex(8)
     if not re.fullmatch('[0-9a-f]{16}', judge):
-        raise ValueError('A number has 16 digits and letters from a to f. Leave the field empty to begin anew.')
+        raise ValueError('A number has 16 digits from 0 to 9 and a to f. Leave the field empty to get a new one.')
     return judge
 
 def next_pair(
@@ -161,7 +161,7 @@ def keep_answer(
     judge = judge_number(given['judge'])
     trials = experiment.trials(judge)
     if given['side'] not in SIDES or given['trial'] not in range(len(trials)):
-        raise ValueError('This is no answer to a pair. Load the page again to go on.')
+        raise ValueError('This is no answer to a pair. Load the page again to continue.')
     trial, model, run = trials[given['trial']], '', ''
     if trial.colorizer >= 0:
         used = experiment.colorizers[trial.colorizer]
@@ -274,7 +274,7 @@ document.addEventListener('keydown', event => {
 def judging_tab(
     **source, # of open_experiment
 ):
-    "Put the forced choice into the page that is being made."
+    "Add the forced choice to the page that is being made."
     import gradio as gr
     @lru_cache
     def opened(): # at the first visit; a failure is tried again
