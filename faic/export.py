@@ -29,7 +29,7 @@ from .presets import ARCHITECTURES, find_architecture, make_colorizer
 # %% ../nbs/68_export.ipynb #28055dd4
 @dataclass
 class RecordedNumbers:
-    "Stands for a generator: draws its numbers and keeps them."
+    "Stand in for a generator: draw its numbers and keep them."
     generator:object # see `sample_per_image`
     numbers:list=field(default_factory=list) # of (B,...) tensors, in the order of the calls
     kinds:list=field(default_factory=list) # of 'rand', 'randn', ...
@@ -42,7 +42,7 @@ class RecordedNumbers:
 
 @dataclass
 class GivenNumbers:
-    "Stands for a generator: hands out given numbers in their order."
+    "Stand in for a generator: return given numbers in their order."
     numbers:list # of (B,...) tensors
 
     def sample(self, kind, shape):
@@ -104,7 +104,7 @@ def trace_onnx(
     gray:Tensor, # (2,1,H,W) in [0,1]
     numbers:list, # of (2,...) tensors, see RecordedNumbers
 ):# -> torch.onnx.ONNXProgram
-    "Write a network down as ONNX operations, for any number of images where possible, else for one."
+    "Trace a network as ONNX operations, for any number of images where possible, else for one."
     require_onnx()
     program = _trace(network, gray, numbers, True)
     if not isinstance(program.model.graph.inputs[0].shape[0], int):
@@ -153,7 +153,7 @@ class Exported:
     difference:float # the largest from PyTorch, of rgb in [0,1]
 
     def describe(self)->str:
-        "Say what the file holds, how to feed it, and how well it agrees."
+        "Describe the file's source, its inputs and output, and its difference from PyTorch."
         day = f", day {self.made_with['day']}" if 'day' in self.made_with else ''
         lines = [f"{self.file}: {self.made_with['run']}{day}"]
         lines += [f'  input {name}: {meaning}' for name, meaning in self.inputs.items()]
