@@ -1,7 +1,7 @@
 """Sphinx reads this: the site that `make docs` builds from the notebooks.
 
-Sphinx with MyST-NB and Furo shows mathematics and searches without a network, knows every function, and stops at a link
-that leads nowhere. MkDocs with Material loads MathJax from elsewhere, and its support ends in May 2027.
+Sphinx with MyST-NB and Furo renders mathematics and searches offline, links every function, and fails at a broken link.
+MkDocs with Material loads MathJax from the network, and its support ends in May 2027.
 """
 
 import json
@@ -37,11 +37,11 @@ add_module_names = False
 python_maximum_signature_line_length = 72
 python_use_unqualified_type_names = True
 smartquotes = False
-suppress_warnings = ["ref.python"]  # a type that two chapters have
+suppress_warnings = ["ref.python"]  # types that two chapters define under one name
 
 
 class LinkNames(SphinxTransform):
-    """Make a link of each name of a function or class that the text sets as code."""
+    """Link each name of a function or class that the text sets as code."""
 
     default_priority = 900
 

@@ -2,8 +2,8 @@
 
     python nbs/docs/prepare.py FOLDER
 
-Sphinx's configuration beside this file starts it. A cell that nbdev exports becomes signatures, tables of parameters
-and folded source; a cell that nbdev hides is left out; README's table of chapters becomes the side bar.
+`make docs` starts it. A cell that nbdev exports becomes signatures, tables of parameters and folded source; a cell that
+nbdev hides is left out; README's table of chapters becomes the side bar.
 """
 
 import ast
@@ -34,7 +34,7 @@ def settings():
 
 
 def escape(text):
-    """Plain text as Markdown; what stands between backticks stays code."""
+    """Escape plain text for Markdown; text between backticks stays code."""
     pieces = str(text).split("`")
     if len(pieces) % 2 == 0:
         return ESCAPED.sub(r"\\\1", str(text))
@@ -45,7 +45,7 @@ def escape(text):
 
 
 def signature(node):
-    """The arguments and the answer of a function or class, as Python writes them, without `self`."""
+    """The arguments and return type of a function or class, as Python writes them, without `self`."""
     if isinstance(node, ast.ClassDef):
         methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
         if "__init__" in methods:
@@ -111,7 +111,7 @@ def directive(kind, name, node, symbol, inner=""):
 
 
 def methods(node, symbol):
-    """The public methods of a class that say what they do or what they take."""
+    """The entries of a class's public methods that have a docstring or documented parameters."""
     found = []
     for n in node.body:
         if not isinstance(n, ast.FunctionDef) or (n.name.startswith("_") and n.name != "__call__"):
@@ -237,7 +237,7 @@ def toctree(caption, names):
 
 
 def tables():
-    """A page with the tables and figures that README speaks of."""
+    """A page with the tables and figures that README discusses."""
     parts = [
         "# Tables and figures",
         f"The study that the first page quotes, from the folder `{FIGURES}` of the repository.",
