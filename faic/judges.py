@@ -36,7 +36,7 @@ def same_class(
     fake:Tensor, # (n,K) class probabilities of the colorized images
     real:Tensor, # (n,K) of the same photographs
 )->np.ndarray: # (n,) 1. where the most probable class is the same, otherwise 0.
-    "Does the classifier see in each image what it sees in the photograph? The mean is the agreement."
+    "Compare each image's most probable class with the photograph's; the mean is the agreement."
     if fake.shape != real.shape or fake.ndim != 2:
         raise ValueError('expected class probabilities (n, classes) of the same images; '
                          f'found {tuple(fake.shape)} and {tuple(real.shape)}')
@@ -113,7 +113,7 @@ def judge_scores(
     network_name:str, # the judge's
     seed:int=0, # of the resampling
 )->dict: # columns of metrics.csv: FID, KID, and agreement where there are classes
-    "What one further network says of a set of pictures, with 95 % intervals."
+    "Score a set of pictures with one further network, with 95 % intervals."
     scores = {}
     if len(fake[0]) > 1:
         scores |= {'FID': fid_interval(fake[0], real[0], True, seed), 'KID': kid_interval(fake[0], real[0])}
@@ -129,7 +129,7 @@ def compare_samples(
     samples:Tensor, # (k,3,H,W) uint8, of one gray photograph; k at least 2
     real:Tensor, # (3,H,W) uint8, the photograph
 )->dict: # 'diversity', 'one' and 'best': native Lab units
-    "Mean chroma distance between the samples of one photograph; their mean and least distance to it."
+    "Compute the mean chroma distance between samples of one photograph, and their mean and least distance to it."
     labs, lab = rgb_to_lab(samples), rgb_to_lab(real[None])
     pairs = torch.tensor(list(combinations(range(len(samples)), 2)), device=samples.device)
     between = _chroma_distance(labs[pairs[:, 0]], labs[pairs[:, 1]])
@@ -150,7 +150,7 @@ SIDES = ('left', 'right')
 
 @dataclass(frozen=True)
 class Answer:
-    "What a person said about one pair."
+    "A person's answer to one pair."
     judge:str # random number
     trial:int # position of the pair, from 0
     photograph:str # its name
@@ -162,7 +162,7 @@ class Answer:
     ms:int # from the end of the pictures to the answer
 
 def answers_folder()->Path:
-    "Where `faic app` keeps answers and `results` looks for them, unless told otherwise."
+    "Return the folder where `faic app` keeps answers and `results` looks for them by default."
     return runs_dir()/'answers'
 
 def store_answer(
