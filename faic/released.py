@@ -33,14 +33,14 @@ def released_models()->list: # of names, the default first; [] where none are th
     return sorted(names, key=lambda name: name != first)
 
 # %% ../nbs/47_released.ipynb #e4fb8f3c
-def _halved(state, name): # tensors of a network, floating ones in half precision; ValueError where one is too large
+def _halved(state, name): # tensors of a network, floating ones in half precision where their numbers fit
     halved = {}
     for key, tensor in state.items():
-        tensor = tensor.detach().cpu()
-        halved[key] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        if not halved[key].isfinite().all():
-            raise ValueError(f'{name}.{key} has numbers up to {tensor.abs().max():g}; half precision ends at 65504. '
-                             'Release another checkpoint')
+        tensor = tensor.detach().cpu().contiguous()
+        if not tensor.isfinite().all():
+            raise ValueError(f'{name}.{key} has numbers that are not finite. Release another checkpoint')
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        halved[key] = half if half.isfinite().all() else tensor # e.g. a batch norm's variances above 65504
     return halved
 
 def _needed(model, trainee): # name -> network, of those that colorizing needs

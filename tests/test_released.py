@@ -124,9 +124,18 @@ def test_what_does_not_fit_is_named(weights):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="classifier.safetensors is damaged or holds no released weights"):
             open_released("classifier")
-    trainee.net.model1[0].weight.data[0, 0, 0, 0] = 1e5
-    with pytest.raises(ValueError, match="numbers up to 100000; half precision ends at 65504"):
+    trainee.net.model1[0].weight.data[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"classifier.net.model1.0.weight has numbers that are not finite"):
         pack_release("classifier", trainee, {}, {})
+
+
+def test_numbers_too_large_for_half_precision_are_kept(weights):
+    file, trainee = small_release("classifier", weights)
+    trainee.net.model7[-1].running_var[0] = 88994.5
+    about = open_weights(file).about
+    file.write_bytes(pack_release("classifier", trainee, about["options"], about["sampling"]))
+    assert load_file(file)["classifier.net.model7.6.running_var"].dtype == torch.float32
+    assert open_weights(file).trainee.net.model7[-1].running_var[0] == 88994.5
 
 
 def test_the_released_default_comes_first_and_runs_are_asked_for_by_name(weights):
