@@ -235,6 +235,8 @@ def fewer_photos(
 )->Photos: # with a fingerprint of its own, so that features of fewer photographs are stored apart
     "The photographs of the curve."
     few = {n: photos.splits[n][sample_rows(len(photos.splits[n]), most)] for n in ('validation', 'test')}
+    if all(len(rows) == len(photos.splits[n]) for n, rows in few.items()):
+        return photos # whose features may be stored already
     fingerprint = short_hash([photos.fingerprint, len(few['validation'])])
     return replace(photos, fingerprint=fingerprint, splits=photos.splits | few)
 
