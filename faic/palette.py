@@ -221,7 +221,10 @@ def palette_stages(
     def step(gray, state, generators): # -> the next state
         call, condition = calls[state.step], model.condition(gray).to(dtype)
         def denoise(x, gamma):
-            return upcast_float32(net(torch.cat([condition, x.to(dtype)], 1), gamma))
+            seen = torch.cat([condition, x.to(dtype)], 1)
+            if seen.device.type == 'cpu': # whose convolutions take a quarter less time when the channels lie last
+                seen = seen.contiguous(memory_format=torch.channels_last)
+            return upcast_float32(net(seen, gamma))
         x0_hat = estimate_x0(denoise, state.x, call.seen, model.objective, model.limit)
         return p_sample(call, state, x0_hat, noise_stream(state.x, generators))
 
