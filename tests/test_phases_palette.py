@@ -19,7 +19,7 @@ from faic.days import run_days, study_run
 from faic.palette import Palette
 from faic.parameters import ParameterError
 from faic.phases import run_phase1, run_phase2
-from faic.presets import PRESETS, default_sampling, default_variants, make_trainee, model_options
+from faic.presets import default_sampling, default_variants, make_trainee, model_options
 from faic.resume import eval_weights
 from faic.train import TrainingState, learning_rate_factor, train_step
 
@@ -28,11 +28,9 @@ MODELS = ("palette", "palette-modern")
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
-    """A folder of runs of its own, a feature network that costs nothing, and narrow networks."""
+    """A folder of runs of its own, and a feature network that costs nothing."""
     monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(faic.phases, "efficientnet_lite0", lambda device: QuarterColors())
-    narrow = {model: PRESETS["smoke"].changes[model] | dict(channels=16, groups=4) for model in MODELS}
-    monkeypatch.setattr(PRESETS["smoke"], "changes", PRESETS["smoke"].changes | narrow)
 
 
 def test_phase1(photographs):
