@@ -56,6 +56,17 @@ def test_links_of_the_page_how_do_i_lead_to_notebooks():
     assert all((ROOT / "nbs" / link).exists() for link in re.findall(r"\]\(([^)]*)\)", text))
 
 
+def test_every_picture_of_a_page_is_in_the_site(prepare, tmp_path):
+    prepare.copy_figures(tmp_path)
+    shown = []
+    for file in (ROOT / "nbs").glob("*.ipynb"):
+        cells = [c.source for c in nbformat.read(file, 4).cells if c.cell_type == "markdown"]
+        text = "\n".join(cells if file.stem == "index" else map(prepare.inside, cells))
+        shown += [(file.name, place) for place in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)]
+    assert ("66_app.ipynb", "figures/app.png") in shown
+    assert not [(name, place) for name, place in shown if not (tmp_path / place).exists()]
+
+
 def test_an_exported_cell_becomes_signatures_and_tables(prepare):
     from faic import core, runs
 

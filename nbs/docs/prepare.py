@@ -151,6 +151,7 @@ def chapter(path, entries):
     cells = []
     for cell in book.cells:
         if cell.cell_type == "markdown":
+            cell.source = inside(cell.source)
             cells.append(cell)
             if module and len(cells) == 1:
                 cells.append(nbformat.v4.new_markdown_cell(f"```{{py:module}} {module.__name__}\n```"))
@@ -158,6 +159,18 @@ def chapter(path, entries):
             cells += code_cells(cell, module, entries)
     book.cells = cells
     return book
+
+
+def inside(text):
+    """A notebook's Markdown for the site, whose figures lie in the folder of the pages."""
+    return text.replace("](../figures/", "](figures/")
+
+
+def copy_figures(folder):
+    """Put the pictures that the pages show into the folder of the pages."""
+    shutil.copytree(ROOT / FIGURES, folder / FIGURES)
+    for picture in (ROOT / "figures").glob("*.png"):
+        shutil.copy(picture, folder / "figures")
 
 
 def code_cells(cell, module, entries):
@@ -283,7 +296,7 @@ def prepare(folder):
         if path.stem[:2].isdigit():
             modules[path.stem] = f"faic.{path.stem[3:]}"
         nbformat.write(book, folder / path.name)
-    shutil.copytree(ROOT / FIGURES, folder / FIGURES)
+    copy_figures(folder)
     places = {}
     for module, found in entries.items():
         for name, _ in found:
