@@ -25,23 +25,23 @@ from .layers import upcast_float32
 
 # %% ../nbs/20_pix2pix.ipynb #2f54911f
 def unet_levels(side:int)->int: # 8 at 256 px, 6 at 128, 5 at 64 and below
-    "How often a U-Net for this side halves it: to 1x1 at the published 256, to 2x2 at 128 and 64; 5 to 8 times."
+    "Return the number of halvings, 5 to 8: down to 1x1 at the published 256 pixels, to 2x2 at 128 and 64."
     return 8 if side >= 256 else max(5, int(math.log2(side)) - 1)
 
 def unet_widths(
     width:int, # channels of the outermost level, 64 as published
     levels:int,
 )->list: # channels of each level's encoder output, outermost first
-    "The widths: they double from level to level, up to eight times the first."
+    "Return the width of each level: it doubles from level to level, up to eight times the first."
     return [width * min(2**k, 8) for k in range(levels)]
 
 # %% ../nbs/20_pix2pix.ipynb #f338645d
 def batch_or_instance_norm(
     norm:nn.BatchNorm2d,
     x:Tensor, # (B,C,H,W)
-    per_image:bool, # True: each image's own statistics; the running averages stay as they are
+    per_image:bool, # True: use each image's own statistics and leave the running averages as they are
 )->Tensor: # (B,C,H,W)
-    "Batch norm as its module is set (train or eval), or with the statistics of each single image."
+    "Normalize as the module is set (train or eval), or by each image's own statistics."
     if per_image:
         return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
     return norm(x)
@@ -90,7 +90,7 @@ class UNet(nn.Module):
         self.up_norm = nn.ModuleList(nn.BatchNorm2d(c) for c in w[:-1])
 
     def mask_shapes(self, height:int, width:int)->list:
-        "Shapes (C,H,W) of the dropout masks for an input of this size, in the order of execution."
+        "Return the shapes (C,H,W) of the dropout masks for an input of this size, in the order of execution."
         between = range(self.levels - 2, 3, -1) # the innermost and the four outermost levels have no dropout
         return [(self.up[k].out_channels, height >> k, width >> k) for k in between]
 
@@ -159,7 +159,7 @@ def gan_loss(
     real:bool, # the target
     mode:str='vanilla', # 'vanilla', 'lsgan' or 'wgangp'
 )->Tensor: # scalar
-    "The distance of the logits from the target, averaged over patches and images, in float32."
+    "Compute the loss of logits against the target, the mean over patches and images, in float32."
     logits = upcast_float32(logits)
     if mode == 'vanilla':
         return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
@@ -190,7 +190,7 @@ class Pix2Pix:
         self.terms = {} # the terms of the last losses, for logs
 
     def networks(self)->dict:
-        "The networks, one optimizer each."
+        "Return the networks; each gets its own optimizer."
         return {'D': self.D, 'G': self.G}
 
     def losses(self,
@@ -198,7 +198,7 @@ class Pix2Pix:
         generator, # for dropout, see sample_dropout_masks
     ):
         "Yield ('D', loss) and then ('G', loss); step the named network before asking for the next."
-        with torch.autocast(batch['rgb'].device.type, enabled=False): # which would round the colors
+        with torch.autocast(batch['rgb'].device.type, enabled=False): # autocast would round the colors
             L, ab = scaled_lab(batch['rgb'])
         masks = None
         if self.dropout:
@@ -206,7 +206,7 @@ class Pix2Pix:
         return self.adversarial_losses(L, ab, masks)
 
     def adversarial_losses(self, L:Tensor, ab:Tensor, masks=None):
-        "The two losses from a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
+        "Yield both losses, given a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
         fake = upcast_float32(self.G(L, masks))
         D_fake = gan_loss(self.D(torch.cat([L, fake], 1).detach()), False, self.gan_mode)
         D_real = gan_loss(self.D(torch.cat([L, ab], 1)), True, self.gan_mode)
@@ -225,7 +225,7 @@ def make_answer(
     dropout:float=.5, # rate, used with 'image' only
     precision:str='float32', # or 'bfloat16'
 ):
-    "The function answer(x, generator) of a trained generator, without gradients, in float32."
+    "Make the function answer(x, generator) of a trained generator: no gradients, result in float32."
     if batch_norm not in ('image', 'running'):
         raise ValueError(f"batch_norm is 'image' or 'running', got {batch_norm!r}")
     if precision not in ('float32', 'bfloat16'):
@@ -253,7 +253,7 @@ def pix2pix_colorizer(
     dropout:float=.5,
     precision:str='float32',
 ):
-    "The function colorize(gray, generator) of a trained generator."
+    "Make the function colorize(gray, generator) of a trained generator."
     answer = make_answer(G, batch_norm, dropout, precision)
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ def _layer_names(ours, theirs, kind): # of one layer; kind: a key of TENSORS
     return {f'{ours}.{tensor}': f'{theirs}.{tensor}' for tensor in TENSORS[kind]}
 
 def unet_names(levels:int)->dict: # our tensor name -> official name
-    "The layout of the official U-Net: every level sits inside the one above it."
+    "Map our names of a U-Net's tensors to the official ones, where each level is nested in the level above."
     names = _layer_names('down.0', 'model.model.0', 'conv') | _layer_names('up.0', 'model.model.3', 'bias')
     block = 'model.model'
     for k in range(1, levels):
@@ -288,7 +288,7 @@ def unet_names(levels:int)->dict: # our tensor name -> official name
 
 # %% ../nbs/20_pix2pix.ipynb #9af059f8
 def discriminator_names()->dict: # our tensor name -> official name
-    "The layout of the official PatchGAN: one sequence."
+    "Map our names of a PatchGAN's tensors to the official ones, which number one sequence."
     names = {}
     for k, place in enumerate((0, 2, 5, 8, 11)):
         names |= _layer_names(f'conv.{k}', f'model.{place}', 'bias' if k in (0, 4) else 'conv')
@@ -297,7 +297,7 @@ def discriminator_names()->dict: # our tensor name -> official name
     return names
 
 def official_names(net:nn.Module)->dict: # our tensor name -> official name
-    "Official names of all tensors of a generator or discriminator."
+    "Map our names of all tensors of a generator or discriminator to the official ones."
     return unet_names(net.levels) if isinstance(net, UNet) else discriminator_names()
 
 # %% ../nbs/20_pix2pix.ipynb #ce253a18
@@ -321,7 +321,7 @@ def save_official(
 def load_unet(
     path:Path, # *_net_G.pth
 )->UNet:
-    "A generator of the size and with the weights of an official file."
+    "Make a generator of an official file's size and load its weights."
     state = read_state(path)
     levels = next((n for n in range(5, 12) if set(unet_names(n).values()) == set(state)), None)
     if levels is None:
@@ -332,7 +332,7 @@ def load_unet(
 
 # %% ../nbs/20_pix2pix.ipynb #20c01a72
 def latent_levels(side:int)->int: # 3 at 16x16, 5 at 64x64
-    "How often the U-Net halves a latent of this side: down to 2x2."
+    "Return how often the U-Net halves a latent of this side: down to 2x2."
     return max(2, int(math.log2(side)) - 1)
 
 class LatentPix2Pix(InLatents, Pix2Pix):
@@ -347,7 +347,7 @@ class LatentPix2Pix(InLatents, Pix2Pix):
         dropout:float=.5,
         normalize:bool=True, # the latents
         first_stage:nn.Module=None, # with encode and decode; may be set later
-        decoder:nn.Module=None, # that sees the gray photograph, in place of the first stage's
+        decoder:nn.Module=None, # replaces the first stage's decoder; it also sees the gray photograph
         seed:int=0, # of the initial weights
     ):
         init = torch.Generator().manual_seed(seed)
@@ -375,7 +375,7 @@ def latent_colorizer(
     batch_norm:str='image', # see make_answer
     precision:str='float32',
 ):
-    "The function colorize(gray, generator) of a Pix2Pix in latents; its attribute `stages` has the steps."
+    "Make the function colorize(gray, generator) of a Pix2Pix in latents; its attribute `stages` holds the steps."
     answer = make_answer(model.G, batch_norm, model.dropout, precision)
     space, half = model.space, dict(dtype=torch.bfloat16, enabled=precision == 'bfloat16')
 
@@ -405,7 +405,7 @@ def make_pix2pix(
     seed:int=0, # of the initial weights
     components:dict={}, # in latents the first stage, and the decoder that sees the gray photograph
 )->Pix2Pix:
-    "A Pix2Pix from the options of a run."
+    "Build a Pix2Pix from the options of a run."
     o = options
     if 'factor' in o:
         return LatentPix2Pix(o['side']//o['factor'], o['latent_channels'], o['factor'], o['width'], o['lambda_l1'],
