@@ -21,20 +21,20 @@ from .core import randint_sampler, sample_per_image
 from .head_loss import bits_per_symbol, head_bits
 
 # %% ../nbs/21_coltran.ipynb #62e740b4
-_all_ = ['bits_per_symbol', 'figure1', 'head_bits'] # of other chapters, importable from this one, too
+_all_ = ['bits_per_symbol', 'figure1', 'head_bits'] # defined in other chapters, importable from here, too
 
 # %% ../nbs/21_coltran.ipynb #c0148213
 def rgb_to_bins(
     pixels:Tensor, # (B,3,H,W) long, 0 to 255
 )->Tensor: # (B,H,W) long, 0 to 511
-    "The symbol of each pixel: 3 bits per channel, red first."
+    "Compute the symbol of each pixel: 3 bits per channel, red first."
     q = pixels//32
     return 64*q[:, 0] + 8*q[:, 1] + q[:, 2]
 
 def bins_to_rgb(
     symbols:Tensor, # (B,H,W) long, 0 to 511
 )->Tensor: # (B,3,H,W) long, multiples of 32
-    "The coarse picture of symbols."
+    "Decode symbols to the coarse picture."
     return 32*torch.stack([symbols//64, symbols//8 % 8, symbols % 8], 1)
 
 # %% ../nbs/21_coltran.ipynb #a2aebcbe
@@ -42,7 +42,7 @@ def area_cells(
     new:int, # pixels of a side of the result
     old:int, # of the image
 )->Tensor: # (new, old) float64
-    "The share of each pixel in each cell's mean; rows sum to 1; edges in float32, as TensorFlow computes them."
+    "Compute each pixel's weight in each cell's mean; rows sum to 1; edges in float32, as in TensorFlow."
     cell = torch.tensor(old/new, dtype=torch.float32)
     edges, pixels = torch.arange(new + 1)*cell, torch.arange(old, dtype=torch.float32)
     overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
@@ -53,7 +53,7 @@ def resize_area(
     height:int,
     width:int,
 )->Tensor: # (B,C,height,width) long
-    "Resize by the mean over cells, rounded, halves to even."
+    "Resize by the mean over cells; round halves to even."
     H, W = pixels.shape[-2:]
     if H % height == 0 and W % width == 0:
         return F.avg_pool2d(pixels.double(), (H//height, W//width)).round().long()
@@ -70,7 +70,7 @@ def center_crop_resize(
     pixels:Tensor, # (B,C,H,W) long, 0 to 255
     side:int=256,
 )->Tensor: # (B,C,side,side) long
-    "The official view of a photograph for evaluation: its central square, resized by area."
+    "Cut out the central square and resize it by area, as the official evaluation does."
     H, W = pixels.shape[-2:]
     s = min(H, W)
     top, left = (H - s)//2, (W - s)//2
@@ -109,8 +109,8 @@ class Colorizer(nn.Module):
         conditions:ConditioningConfig=ConditioningConfig(),
         skip:bool=True, # add the contexts to the decoders' inputs
         aux:bool=True, # the parallel head (official stage 'encoder_decoder')
-        symbols:int=512, # that it draws from
-        grays:int=256, # levels of gray that it knows
+        symbols:int=512, # number of colors to draw from
+        grays:int=256, # levels of gray
     ):
         super().__init__()
         if inner_layers < 1:
@@ -133,7 +133,7 @@ class Colorizer(nn.Module):
     def encode(self,
         gray:Tensor, # (B,H,W) long, 0 to 255 (below `grays`)
     )->Tensor: # z: (B,H,W,D)
-        "The context: what the decoders know of the gray photograph."
+        "Compute the context: all that the decoders know of the gray photograph."
         _check_size('colorizer', gray, self.encoder.positions)
         return self.encoder(self.gray(gray) + self.gray_bias)
 
@@ -141,7 +141,7 @@ class Colorizer(nn.Module):
         e:Tensor, # (B,H,W,D) embeddings of the symbols
         z:Tensor, # (B,H,W,D)
     )->Tensor: # above: (B,H,W,D)
-        "The outer decoder: a summary of the rows above each row."
+        "Run the outer decoder: summarize the rows above each row."
         x = self.outer_positions(e)
         if self.skip:
             x = x + z
@@ -156,7 +156,7 @@ class Colorizer(nn.Module):
         terms:list, # norm_terms of each block
         first:int=0, # the first of the h rows
     )->Tensor: # (B,h,W,D)
-        "The inner decoder, on some rows."
+        "Run the inner decoder on some rows."
         p = self.inner_positions
         x = _shift(e, 2) + p.rows[first:first + e.shape[1], None] + p.columns
         if self.skip:
@@ -171,19 +171,19 @@ class Colorizer(nn.Module):
         symbols:Tensor, # (B,H,W) long: the whole picture
         norm:str='image', # of the inner decoder, see ConditionalNorm
     )->dict: # above, inner (B,H,W,D)
-        "Teacher forcing: both decoders at every pixel, given the true pixels before it."
+        "Run both decoders with teacher forcing: at every pixel, given the true pixels before it."
         e = self.pixel(symbols)
         above = self.outer_decode(e, z)
         return dict(above=above, inner=self.inner_decode(e, above, z, [b.norm_terms(z, norm) for b in self.inner]))
 
     def forward(self, z:Tensor, symbols:Tensor, norm:str='image')->dict: # see decode; with logits (B,H,W,symbols)
-        "Teacher forcing: the logits of every pixel, given the true pixels before it."
+        "Compute the logits with teacher forcing: of every pixel, given the true pixels before it."
         answers = self.decode(z, symbols, norm)
         return answers | dict(logits=self.head(self.norm(answers['inner'])))
 
 # %% ../nbs/21_coltran.ipynb #c24b947b
 class Upsampler(nn.Module):
-    "A channel of a coarse picture and the gray photograph to logits of 256 levels (Kumar et al. 2021, section 4.3)."
+    "One channel of a coarse picture and the gray photograph to logits of 256 levels (Kumar et al. 2021, sec. 4.3)."
     def __init__(self,
         kind:str, # 'color' (8 levels in) or 'spatial' (256 levels in)
         height:int, # of the picture
@@ -206,7 +206,7 @@ class Upsampler(nn.Module):
         channel:Tensor, # (B,) long: 0 red, 1 green, 2 blue
         gray:Tensor, # (B,H,W) long, 0 to 255
     )->Tensor: # (B,H,W,D)
-        "The vectors that the head reads."
+        "Compute the vectors that the head reads."
         _check_size('upsampler', values, self.encoder.positions)
         D = self.mix.out_features
         with torch.autocast(values.device.type, enabled=False): # the tables' gradients sum over all pixels
@@ -216,14 +216,14 @@ class Upsampler(nn.Module):
         return self.encoder(x)
 
     def forward(self, values:Tensor, channel:Tensor, gray:Tensor)->Tensor: # see encode; (B,H,W,256)
-        "Logits of the fine value of each pixel."
+        "Compute the logits of each pixel's fine value."
         return self.head(self.encode(values, channel, gray))
 
 # %% ../nbs/21_coltran.ipynb #11a375c7
 def keras_limit(
     *shape:int, # of a Keras kernel
 )->float:
-    "The limit of Keras' glorot_uniform: axes before the last two count as a receptive field."
+    "Compute the limit of Keras' glorot_uniform: axes before the last two count as a receptive field."
     receptive = math.prod(shape[:-2])
     return math.sqrt(6/(receptive*shape[-2] + receptive*shape[-1]))
 
@@ -268,12 +268,12 @@ def colorizer_side(
     side:int, # of the photographs
     low:int=None, # where the colorizer works: a quarter of the side (None, as published) or the side itself
 )->int:
-    "The side at which colorizer and color upsampler work."
+    "Return the side at which the colorizer and the color upsampler work."
     if side % 4:
         raise ValueError(f'ColTran needs a side that is a multiple of 4, got {side}')
     if low not in (None, side//4, side):
-        raise ValueError(f'of photographs of {side}x{side} ColTran colorizes {side//4}x{side//4}, and enlarges that, '
-                         f'or {side}x{side}; got {low}')
+        raise ValueError(f'for photographs of {side}x{side} the colorizer works at {side//4}x{side//4} '
+                         f'or at {side}x{side}; got low={low}')
     return low or side//4
 
 # %% ../nbs/21_coltran.ipynb #4d9e1866
@@ -293,7 +293,7 @@ class ColTran:
         auto_weight:float=.99, # official loss_factor
         aux_weight:float=.01, # official encoder_loss_factor
         seed:int=0, # of the initial weights
-        low:int=None, # where it works, see colorizer_side
+        low:int=None, # the side at which it works, see colorizer_side
     ):
         self.low = colorizer_side(side, low)
         net = Colorizer(self.low, self.low, dim, heads, ff, encoder_layers, outer_layers, inner_layers)
@@ -302,14 +302,14 @@ class ColTran:
         self.terms = {} # the terms of the last loss, for logs
 
     def networks(self)->dict:
-        "The network."
+        "Return the network."
         return {'net': self.net}
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels
         generator:torch.Generator=None, # unused: nothing is drawn
     ):
-        "Yield ('net', bits per pixel, the weighted sum of both heads)."
+        "Yield ('net', loss): bits per pixel, the weighted sum of both heads."
         low = resize_area(_levels(batch['rgb']), self.low, self.low)
         yield 'net', self.bits(_gray_levels(low), rgb_to_bins(low))
 
@@ -317,7 +317,7 @@ class ColTran:
         gray:Tensor, # (B,h,w) long
         labels:Tensor, # (B,h,w) long: the symbols
     )->Tensor: # scalar
-        "The loss of drawing these symbols for this gray picture."
+        "Compute the loss of these symbols, given the gray picture."
         z = self.net.encode(gray)
         inner = self.net.norm(self.net.decode(z, labels)['inner'])
         auto, aux = head_bits(inner, self.net.head, labels), head_bits(z, self.net.aux, labels)
@@ -341,14 +341,14 @@ class ColTranColor:
         self.net = init_weights(Upsampler('color', self.low, self.low, dim, heads, ff, layers), seed)
 
     def networks(self)->dict:
-        "The network."
+        "Return the network."
         return {'net': self.net}
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
         generator, # draws each photograph's channel, see `sample_per_image`
     ):
-        "Yield ('net', bits per value of the drawn channel)."
+        "Yield ('net', loss): bits per value of the drawn channel."
         low = resize_area(_levels(batch['rgb']), self.low, self.low)
         channel = _draw_channel(low, generator)
         fine = _one_channel(low, channel)
@@ -365,14 +365,14 @@ class ColTranSpatial:
         self.net = init_weights(Upsampler('spatial', side, side, dim, heads, ff, layers), seed)
 
     def networks(self)->dict:
-        "The network."
+        "Return the network."
         return {'net': self.net}
 
     def losses(self,
         batch, # 'rgb' (B,3,H,W) in [0,1]
         generator, # draws each photograph's channel, see `sample_per_image`
     ):
-        "Yield ('net', bits per value of the drawn channel)."
+        "Yield ('net', loss): bits per value of the drawn channel."
         pixels = _levels(batch['rgb'])
         coarse = upsample_nearest(resize_area(pixels, self.low, self.low))
         channel = _draw_channel(pixels, generator)

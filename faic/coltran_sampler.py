@@ -26,7 +26,7 @@ def gumbel_noise(
     device='cpu',
     symbols:int=512,
 )->Tensor: # (B,width,symbols) float32
-    "Gumbel noise for one row of each image."
+    "Draw the Gumbel noise for one row of each image."
     u = torch.stack([torch.rand(width, symbols, generator=g, device=g.device) for g in generators]).to(device)
     return -(-u.log()).log() # u = 0 gives -inf, which is never drawn; u is always below 1
 
@@ -35,7 +35,7 @@ def gumbel_argmax(
     noise:Tensor=None, # (B,K), Gumbel; None: the most likely symbol
     temperature:float=1., # above 0: divides the logits
 )->Tensor: # (B,) long
-    "Draw a symbol."
+    "Draw a symbol from the softmax of the logits."
     if noise is None:
         return logits.argmax(-1)
     return (logits/temperature + noise).argmax(-1)
@@ -57,7 +57,7 @@ def sample_naive(
     temperature:float=1., # 0: greedy
     norm:str='row', # of the inner decoder, see ConditionalNorm; 'row' is the official sampler's
 )->dict: # symbols (B,H,W) long, logits (B,H,W,symbols)
-    "Draw pixel by pixel and compute everything anew each time, as the official code does."
+    "Draw pixel by pixel; recompute everything for each pixel, as the official code does."
     _check_numbers(len(gray), generators, temperature)
     z = net.encode(gray)
     (B, H, W, _), symbols_known = z.shape, net.pixel.num_embeddings
@@ -90,9 +90,9 @@ def sampling_cost(
     outer_layers:int=1,
     inner_layers:int=1,
     symbols:int=512,
-    cached:bool=True, # each position once; False: as the official sampler
+    cached:bool=True, # compute each position once; False: as the official sampler does
 )->dict: # encoder, outer, inner, head -> multiply-adds per image; look-ups cost nothing
-    "Multiply-adds of sampling one picture."
+    "Count the multiply-adds of sampling one picture."
     pixels = side*side
     encoder, head = 2*encoder_layers*pixels*_block_cost(dim, ff, 0, side), pixels*dim*symbols
     if cached:
@@ -114,7 +114,7 @@ def _slices(x, pixels=None): # (B,H,W) -> slices of B
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 class RowBuffers:
-    "What drawing a row reads and writes: fixed memory, pixel first."
+    "The buffers that drawing a row reads and writes: fixed memory, pixel first."
     def __init__(self,
         net:Colorizer,
         batch:int, # images at a time
@@ -220,7 +220,7 @@ def outer_decode_row(
     terms:list, # norm_terms of each outer block
     cache:list, # (keys, values) of each column block, (B,W,H,D) each, filled up to row r-1; gets row r
 )->Tensor: # (B,W,D): `above` of row r+1
-    "One row of the outer decoder."
+    "Run the outer decoder on one row."
     p, zr, so_far = net.outer_positions, z[:, r:r + 1], slice(0, r + 1)
     x = net.pixel(symbols)[:, None] + p.rows[r] + p.columns
     if net.skip:
@@ -252,7 +252,7 @@ def _graph(f, device): # f() on fixed buffers -> its replay
             graph.replay()
     return replay
 
-def _row_drawer(s): # () -> None: draws a row of the buffers s; on CUDA a recorded graph does
+def _row_drawer(s): # -> function () that draws a row in the buffers s; on CUDA it replays a graph
     def draw_row():
         sample_row(s)
     device = s.table.device
@@ -265,9 +265,9 @@ def make_cached_sampler(
     batch:int, # images at a time
     temperature:float=1., # 0: greedy
     norm:str='row', # of the inner decoder, see ConditionalNorm; 'row' is the official sampler's
-    precision:str='float32', # 'bfloat16': products of whole rows and pictures; 'float32': all as the weights
+    precision:str='float32', # 'bfloat16': for products of whole rows and pictures; 'float32': the weights' own
 ): # function (gray (batch,H,W) long, generators: one for each image, or None) -> symbols (batch,H,W) long
-    "The fast sampler: the same symbols as sample_naive, each position computed once."
+    "Make the fast sampler: it computes each position once and draws the same symbols as `sample_naive`."
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
     s, device = RowBuffers(net, batch, temperature), net.pixel.weight.device
@@ -279,7 +279,8 @@ def make_cached_sampler(
     @torch.no_grad()
     def sampler(gray, generators=None):
         if len(gray) != batch:
-            raise ValueError(f'this sampler draws {batch} images at a time, got {len(gray)}; make another')
+            raise ValueError(f'this sampler draws {batch} images at a time, got {len(gray)}; '
+                             'make another one for this number')
         _check_numbers(batch, generators, temperature)
         with wide():
             z = torch.cat([net.encode(gray[some]) for some in _slices(gray)])
@@ -307,7 +308,7 @@ def upsample(
     precision:str='float32', # or 'bfloat16'
     pixels:int=None, # at a time, at least one picture and channel; None: PIXELS_AT_A_TIME
 )->Tensor: # (B,3,H,W) uint8
-    "The most likely fine value of every pixel and channel."
+    "Predict the most likely fine value of every pixel and channel."
     fine = torch.empty((3*len(coarse), *gray.shape[1:]), dtype=torch.uint8, device=gray.device)
     values = coarse.flatten(0, 1)
     for some in ProgressBar(_slices(fine, pixels), desc=f'{net.kind} upsampler', leave=False, delay=2):
@@ -329,7 +330,7 @@ class SamplerOptions:
     batch:int=256        # photographs that are sampled together, at most
 
 class BatchSampler:
-    "Samples at most `batch` images at a time; keeps a sampler for full batches and one for the rest."
+    "Samples at most `batch` images at a time; keeps one sampler for full batches and one for the last batch."
     def __init__(self, net:Colorizer, options:SamplerOptions):
         self.net, self.options, self.samplers = net, options, {}
 
@@ -348,7 +349,7 @@ def coltran_stages(
     spatial:Upsampler, # None where the colorizer works at the photograph's side
     options:SamplerOptions=SamplerOptions(),
 )->dict: # stage -> function (gray (B,1,H,W) in [0,1], result of the stage before, generators)
-    "The steps of ColTran. The last one gives rgb (B,3,H,W) in [0,1], the others (B,3,h,w) uint8."
+    "Make the stages of ColTran. The last one returns rgb (B,3,H,W) in [0,1], the others (B,3,h,w) uint8."
     sample, shrink, precision = BatchSampler(colorizer, options), 4 if spatial else 1, options.precision
 
     def small_gray(gray): # (B,1,H,W) in [0,1] to (B,h,w) long
@@ -384,7 +385,7 @@ def coltran_colorizer(
     norm:str='row',
     precision:str='float32',
     batch:int=256,
-): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` has the steps
-    "The function colorize(gray, generator) of the trained networks."
+): # function (gray (B,1,H,W) in [0,1], generator) -> rgb (B,3,H,W) in [0,1]; its attribute `stages` holds the steps
+    "Make the function colorize(gray, generator) of the trained networks."
     options = SamplerOptions(temperature, norm, precision, batch)
     return staged_colorizer(coltran_stages(colorizer, color, spatial, options))
