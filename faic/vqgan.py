@@ -63,7 +63,7 @@ class AttnBlock(nn.Module):
 
 # %% ../nbs/23_vqgan.ipynb #1d5e68ca
 class Downsample(nn.Module):
-    "Half the side: a 3x3 convolution of stride 2, with a row and a column of zeros at the right and below only."
+    "Halves the side: a 3x3 convolution of stride 2, zero-padded on the right and at the bottom only."
     def __init__(self, channels:int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -71,7 +71,7 @@ class Downsample(nn.Module):
     def forward(self, x:Tensor)->Tensor: return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 class Upsample(nn.Module):
-    "Twice the side: each pixel becomes 2x2, then a 3x3 convolution."
+    "Doubles the side: each pixel becomes 2x2, then a 3x3 convolution follows."
     def __init__(self, channels:int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -84,7 +84,7 @@ class Upsample(nn.Module):
 
 # %% ../nbs/23_vqgan.ipynb #9b25654c
 class Level(nn.Module):
-    "The blocks of one side: residual blocks, each followed by attention where the level has it, then a change of side."
+    "Residual blocks at one resolution, each followed by attention if the level has it, then a change of resolution."
     def __init__(self, before:int, after:int, blocks:int, attention:bool, groups:int):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(after if k else before, after, groups) for k in range(blocks))
@@ -101,7 +101,7 @@ class Level(nn.Module):
         return x
 
 class Middle(nn.Module):
-    "Two residual blocks at the lowest side, with attention between them."
+    "Two residual blocks at the lowest resolution, with attention between them."
     def __init__(self, channels:int, attention:bool, groups:int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
@@ -112,7 +112,7 @@ class Middle(nn.Module):
 
 # %% ../nbs/23_vqgan.ipynb #a71967d8
 class Encoder(nn.Module):
-    "From an image to a map; each level but the last halves the side."
+    "Maps an image to a latent map; each level but the last halves the side."
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, in_channels, z_channels, mid_attn, groups):
         super().__init__()
         widths = [ch] + [ch*m for m in ch_mult]
@@ -131,11 +131,11 @@ class Encoder(nn.Module):
         return self.conv_out(self.norm_out(self.mid(x)))
 
 class Decoder(nn.Module):
-    "From a map to an image; each level has one residual block more than the encoder's."
+    "Maps a latent map to an image; each level has one residual block more than the encoder's."
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, out_channels, z_channels, mid_attn, groups):
         super().__init__()
         widths = [ch*m for m in ch_mult]
-        above = widths[1:] + widths[-1:] # what comes into each level
+        above = widths[1:] + widths[-1:] # input channels of each level
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], mid_attn, groups)
         self.up = nn.ModuleList(Level(before, after, num_res_blocks + 1, i in attn_levels, groups)
@@ -160,7 +160,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, z:Tensor, generator:torch.Generator=None): # (B,embed_dim,h,w)
-        "Make the codes latents drawn at random; none is drawn twice before all are drawn once."
+        "Set the codes to random pixels of z; a pixel is drawn again only after all have been drawn."
         pixels, codes = z.movedim(1, -1).flatten(0, -2), self.embedding.weight
         order = torch.randperm(len(pixels), generator=generator, device=generator.device if generator else None)
         order = order.repeat(math.ceil(len(codes)/len(pixels)))
@@ -168,7 +168,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z:Tensor)->Tensor: # (N,embed_dim) -> (N,) long
-        "The index of the nearest code, the first one on ties; |z|^2, which all codes share, is left out."
+        "Find the nearest code, the first one on ties; |z|^2 is left out, since it is the same for all codes."
         codes = self.embedding.weight
         squares = codes.square().sum(1)
         rows = max(1, (2**19 if z.device.type == 'cpu' else 2**27)//len(codes)) # fits a cache or a GPU's memory
@@ -177,7 +177,7 @@ class VectorQuantizer(nn.Module):
     def forward(self,
         z:Tensor, # (B,embed_dim,h,w)
     )->tuple: # zq like z, with the gradient of z; indices (B*h*w,) in the order b, h, w; loss, a scalar
-        "Quantize, in float32 (float64) even under autocast."
+        "Quantize in the codes' type (float32 or float64), even under autocast."
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(self.embedding.weight.dtype)
             pixels = z.movedim(1, -1)
@@ -197,7 +197,7 @@ class VQModel(nn.Module):
         z_channels:int=3, # of the encoder's output
         embed_dim:int=3, # of the latent
         n_embed:int=8192, # codes
-        mid_attn:bool=True, # attention at the lowest side
+        mid_attn:bool=True, # attention at the lowest resolution
         in_channels:int=3,
         out_channels:int=3,
         groups:int=32, # of each norm; LDM's files have 32
@@ -213,7 +213,7 @@ class VQModel(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x:Tensor)->Tensor: # (B,in_channels,H,W) in [-1,1] -> (B,embed_dim,H/factor,W/factor)
-        "The latent, not quantized."
+        "Encode an image; the latent is not quantized."
         if any(s % self.factor for s in x.shape[-2:]):
             raise ValueError(f'height and width must be multiples of {self.factor}, got {tuple(x.shape[-2:])}')
         return self.quant_conv(self.encoder(x)).to(x.dtype)
@@ -222,7 +222,7 @@ class VQModel(nn.Module):
         z:Tensor, # (B,embed_dim,h,w)
         quantize:bool=True, # first replace each pixel by its code
     )->Tensor: # (B,out_channels,h*factor,w*factor), about [-1,1], not clipped
-        "The image of a latent."
+        "Decode a latent to an image."
         zq = self.quantize(z)[0] if quantize else z
         return self.decoder(self.post_quant_conv(zq)).to(z.dtype)
 
@@ -264,19 +264,19 @@ class PatchDiscriminator(nn.Module):
         return self.main(x)
 
     def steps_made(self)->int:
-        "How many batches the training has seen; asks the device only after someone else set the buffer."
+        "Return the number of training batches so far; read it from the device only after other code changed it."
         if self._known[0] != self.steps._version:
             self._known = self.steps._version, int(self.steps)
         return self._known[1]
 
     def count_step(self):
-        "One batch more."
+        "Count one more batch."
         made = self.steps_made() + 1
         self.steps += 1
         self._known = self.steps._version, made
 
     def set_steps(self, made:int):
-        "Go to a batch of the training."
+        "Set the number of training batches so far."
         self.steps.fill_(made)
         self._known = self.steps._version, made
 
@@ -315,15 +315,15 @@ class PerceptualDistance(nn.Module):
 
 # %% ../nbs/23_vqgan.ipynb #ed75d17a
 def hinge_loss(real:Tensor, fake:Tensor)->Tensor: # logits of photographs and of reconstructions -> scalar
-    "The discriminator's loss."
+    "Compute the discriminator's hinge loss."
     return (F.relu(1 - upcast_float32(real)).mean() + F.relu(1 + upcast_float32(fake)).mean())/2
 
 def adaptive_weight(
     rec_loss:Tensor, g:Tensor, # scalars
     last:nn.Parameter, # weight of the decoder's last convolution
-    share:float=1., # of the batch's images that these losses are of
+    share:float=1., # fraction of the batch's images that these losses cover
 )->Tensor: # scalar, without gradient
-    "How much larger the gradient of rec_loss is than that of g, at the last convolution."
+    "Compute the ratio of the gradient norms of rec_loss and g, at the last convolution."
     total = all_reduce_sum(torch.tensor(float(share), dtype=torch.float64)).item()
     def gradient_norm(loss):
         gradient = torch.autograd.grad(share*loss, last, retain_graph=True)[0]
@@ -335,7 +335,7 @@ def init_codebook(
     z:Tensor, # (B,embed_dim,h,w) latents of this process; B may be 0
     generator, # a torch.Generator, BatchGenerator, or a list whose first one is used
 ):
-    "Make latents of all processes the codes, the same in each process."
+    "Set the codes to latents drawn from all processes; each process gets the same codes."
     if isinstance(generator, BatchGenerator):
         generator = generator.generator
     if isinstance(generator, (list, tuple)):
@@ -345,7 +345,7 @@ def init_codebook(
         quantize.embedding.weight.copy_(all_gather_rows(quantize.embedding.weight[None])[0])
 
 def codes_in_use(index:Tensor, codes:int)->Tensor: # (N,) long -> scalar
-    "The share of the codes that occur."
+    "Compute the fraction of the codes that occur."
     return torch.zeros(codes, device=index.device).index_fill_(0, index, 1.).mean()
 
 # %% ../nbs/23_vqgan.ipynb #ed75d17c
@@ -359,10 +359,10 @@ class ImageTerms:
 
     def image_terms(self,
         x:Tensor, rec:Tensor, # (B,3,H,W) in [-1,1]: photographs and their reconstructions
-        share:float, # of the batch's images
+        share:float, # fraction of the batch's images
         adversarial:bool, # does the discriminator take part?
     )->dict: # 'rec', 'perceptual', 'g', 'd_weight' -> scalar
-        "The terms before they are added up."
+        "Compute the terms before they are summed."
         l1 = F.l1_loss(rec, x)
         t = dict(rec=l1, perceptual=self._perceptual(rec, x), g=l1.new_zeros(()), d_weight=l1.new_zeros(()))
         if adversarial:
@@ -386,11 +386,11 @@ class AutoencoderTrainee(ImageTerms):
     terms:dict # of the last loss, for logs
 
     def networks(self)->dict:
-        "The networks, one optimizer each; the perceptual network is not trained."
+        "Return the networks, each with its own optimizer; the perceptual network is not trained."
         return {'net': self.net, 'D': self.D}
 
     def autoencoder(self)->VQModel:
-        "What reconstructs photographs."
+        "Return the network that reconstructs photographs."
         return self.net
 
     def losses(self,
@@ -416,7 +416,7 @@ class AutoencoderTrainee(ImageTerms):
 
 # %% ../nbs/23_vqgan.ipynb #ed75d17b
 class VQGAN(AutoencoderTrainee):
-    "A first stage, ready to be trained: network, discriminator and losses, in LDM's sizes where nothing else is said."
+    "A first stage, ready to be trained: network, discriminator and losses, by default in LDM's sizes."
     gray_kind = 'bbdm'
     keeps_lightness = False
 
@@ -430,7 +430,7 @@ class VQGAN(AutoencoderTrainee):
         disc_weight:float=None, # None: LDM's
         disc_layers:int=None, # None: LDM's
         disc_width:int=64,
-        codebook:str='uniform', # its start: 'uniform' as LDM's, or 'data': latents of the first batch
+        codebook:str='uniform', # its first codes: 'uniform' as LDM's, or 'data': from the first batch's latents
         seed:int=0, # of the initial weights
     ):
         if latent not in FIRST_STAGES:
