@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 # %% ../nbs/14_bridge.ipynb #9b1f0a11
 def linear_schedule(timesteps:int)->np.ndarray: # (T,) float64, rising from .001 to .999
-    "The share m_t of the way from x0 to y, in equal steps."
+    "Compute the fraction m_t of the way from x0 to y, in equal steps."
     return np.linspace(.001, .999, timesteps)
 
 def exponential_schedule(timesteps:int)->np.ndarray: # (T,) float64, rising to .999
-    "The share m_t growing at a constant rate; the official code calls it 'sin'."
+    "Compute an m_t that grows at a constant rate; the official code calls it 'sin'."
     growth = 1.0075**np.linspace(0, timesteps, timesteps)
     return np.append(growth[:-1]/growth[-1], .999)
 
@@ -56,7 +56,7 @@ class Bridge(nn.Module):
     def at(self,
         t:Tensor, # (B,) long
     )->tuple: # m_t and sqrt(delta_t), (B,1,1,1) each
-        "The share of the way and the standard deviation at given times."
+        "Look up the fraction of the way and the standard deviation at given times."
         t = t.to(self.m_t.device)
         return tuple(table[t][:, None, None, None] for table in (self.m_t, self.variance_t.sqrt()))
 
@@ -66,7 +66,7 @@ class Bridge(nn.Module):
         t:Tensor, # (B,) long
         noise:Tensor, # (B,C,H,W), standard normal
     )->Tensor: # x_t (B,C,H,W)
-        "A state of the bridge at time t (eq. 4)."
+        "Compute a state of the bridge at time t (eq. 4)."
         m, deviation = self.at(t)
         return torch.lerp(x0, y, m) + deviation*noise
 
@@ -83,7 +83,7 @@ def chain_states(
     times:list, # t of the states between the ends
     generator:torch.Generator=None,
 )->dict: # 'DDPM' and 'BBDM' -> list of (H,W,3) in [0,1], from t = T to 0
-    "The states of both chains, with the same noise."
+    "Compute the states of both chains, with the same noise."
     x0, y = rgb.cpu()*2 - 1, gray.cpu().expand_as(rgb)*2 - 1
     noise = torch.randn(x0.shape, generator=generator)
     ddpm, bbdm = [noise], [y]
@@ -155,10 +155,10 @@ def figure2(
     rgb:Tensor, # (1,3,H,W) in [0,1], the photograph
     gray:Tensor, # (1,1,H,W) in [0,1]
     bridge:Bridge, # with 1000 timesteps, as DDPM's chain
-    shares=(.4, .15), # of T: where the two states between the ends are
+    shares=(.4, .15), # times of the two states between the ends, as fractions of T
     generator:torch.Generator=None,
 ):# -> matplotlib Figure
-    "Figure 2: the directed graphs of DDPM and of the Brownian bridge, drawn with the states of a photograph."
+    "Draw Figure 2: the directed graphs of DDPM and of the Brownian bridge, with the states of a photograph."
     from faic.drawing import diagram
     times = tuple(round(s*999) for s in shares)
     states = chain_states(rgb, gray, bridge, times, generator)
@@ -184,7 +184,7 @@ def bridge_target(
     x0:Tensor, y:Tensor, noise:Tensor, # (B,C,H,W)
     m:Tensor, deviation:Tensor, # (B,1,1,1), see Bridge.at
 )->Tensor: # (B,C,H,W)
-    "What the network should answer (eq. 11 for 'grad')."
+    "Compute the network's target (eq. 11 for 'grad')."
     check_objective(objective)
     if objective == 'grad':
         return m*(y - x0) + deviation*noise
@@ -196,7 +196,7 @@ def predict_x0(
     x_t:Tensor, y:Tensor, # (B,C,H,W)
     m, deviation, # (B,1,1,1), or numbers
 )->Tensor: # x0_hat (B,C,H,W)
-    "The clean image that an answer of the network implies."
+    "Compute the clean image that the network's answer implies."
     check_objective(objective)
     if objective == 'grad':
         return x_t - answer
@@ -212,11 +212,11 @@ class PosteriorCoefficients(NamedTuple):
 
 def posterior_coefficients(
     bridge:Bridge,
-    t:int, # the present time
+    t:int, # the current time
     n:int, # the next time, at most t
     eta:float=1., # scales the noise
 )->PosteriorCoefficients:
-    "The coefficients of a step back (eq. 8 to 10; eta as in the official code)."
+    "Compute the coefficients of a step back (eq. 8 to 10; eta as in the official code)."
     m_t, m_n = bridge.m_t[t].item(), bridge.m_t[n].item()
     var_t, var_n = bridge.variance_t[t].item(), bridge.variance_t[n].item()
     variance = (var_t - var_n*((1 - m_t)/(1 - m_n))**2)*var_n/var_t
@@ -228,7 +228,7 @@ def sampling_timesteps(
     timesteps:int=1000, # T
     count:int=200, # S: calls of the network; at least 3
 )->list: # S falling times, T-1 first, 1 and 0 last
-    "The times at which the network is called."
+    "Choose the times at which the network is called."
     if not 3 <= count <= timesteps:
         raise ValueError(f'the number of steps must be 3 to {timesteps}; got {count}')
     length = Fraction(timesteps - 1, count - 2)
@@ -244,7 +244,7 @@ def estimate_x0(
     objective:str='grad', # one of OBJECTIVES
     clip:bool=False, # keep the estimate in [-1,1]; for pixels
 )->Tensor: # x0_hat (B,C,H,W)
-    "The clean image that the network sees in x_t."
+    "Estimate the clean image from x_t with one call of the network."
     answer = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
     x0_hat = predict_x0(objective, answer, x_t, y, bridge.m_t[t].item(), bridge.variance_t[t].sqrt().item())
     return x0_hat.clamp(-1, 1) if clip else x0_hat
@@ -254,7 +254,7 @@ def p_sample(
     x0_hat:Tensor, y:Tensor, x_t:Tensor, # (B,C,H,W)
     noise:Iterator, # of (B,C,H,W), standard normal; advanced only where its coefficient is not 0
 )->Tensor: # x_n (B,C,H,W)
-    "One step back along the bridge."
+    "Take one step back along the bridge."
     x_n = coefficients.x0_hat*x0_hat + coefficients.y*y + coefficients.x_t*x_t
     return x_n.add(next(noise), alpha=coefficients.noise) if coefficients.noise else x_n
 
