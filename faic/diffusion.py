@@ -24,7 +24,7 @@ def linear_gammas(
     start:float, # the first beta
     end:float, # the last beta
 )->np.ndarray: # (T,) float64, falling from 1 - start towards 0
-    "The noise levels of a schedule whose betas rise linearly."
+    "Compute the noise levels of a schedule whose betas rise linearly."
     return np.cumprod(1 - np.linspace(start, end, timesteps))
 
 def add_noise(
@@ -32,7 +32,7 @@ def add_noise(
     gamma:Tensor, # (B,1,1,1), the noise level of each image
     noise:Tensor, # (B,C,H,W), standard normal
 )->Tensor: # (B,C,H,W)
-    "The noised images at given levels."
+    "Mix images with noise at given levels."
     return gamma.sqrt()*x0 + (1 - gamma).sqrt()*noise
 
 # %% ../nbs/15_diffusion.ipynb #d1f0000a
@@ -48,7 +48,7 @@ def diffusion_target(
     x0:Tensor, noise:Tensor, # (B,C,H,W)
     gamma:Tensor, # (B,1,1,1)
 )->Tensor: # (B,C,H,W)
-    "What the network should answer."
+    "Compute the network's target."
     check_objective(objective)
     if objective == 'noise':
         return noise
@@ -60,7 +60,7 @@ def predict_x0(
     x:Tensor, # (B,C,H,W), the noised image
     gamma, # (B,1,1,1), or a number
 )->Tensor: # x0_hat (B,C,H,W)
-    "The clean image that an answer of the network implies."
+    "Compute the clean image that the network's answer implies."
     check_objective(objective)
     if objective == 'noise':
         return x*(1/gamma)**.5 - answer*(1/gamma - 1)**.5
@@ -72,7 +72,7 @@ def min_snr_weight(
     gamma:Tensor, # noise levels
     limit:float=5., # the largest weight of an error of x0_hat
 )->Tensor: # of the shape of gamma
-    "The factor of each image's loss, so that an error of x0_hat has the weight min(SNR, limit)."
+    "Compute the factor of each image's loss that gives an error of x0_hat the weight min(SNR, limit)."
     check_objective(objective)
     snr = gamma/(1 - gamma)
     capped = snr.clamp(max=limit)
@@ -88,11 +88,11 @@ class StepCoefficients(NamedTuple):
     noise:float
 
 def step_coefficients(
-    start:float, # the present noise level
+    start:float, # the current noise level
     end:float, # the next one, higher; 1 is the photograph
-    eta:float=1., # share of DDPM's noise; 0: DDIM
+    eta:float=1., # scales DDPM's noise; 0: DDIM
 )->StepCoefficients:
-    "The coefficients of a step back."
+    "Compute the coefficients of a step back."
     variance = eta**2*(1 - end)/(1 - start)*(1 - start/end)
     kept = math.sqrt(max(0., 1 - end - variance)/(1 - start))
     return StepCoefficients(math.sqrt(end) - kept*math.sqrt(start), kept, math.sqrt(variance))
@@ -101,7 +101,7 @@ def step_coefficients(
 def schedule_tables(
     gammas:np.ndarray, # (T,) float64, see linear_gammas
 )->dict: # official name -> (T,) float32
-    "The tables of a schedule, as checkpoints of Palette hold them."
+    "Compute the tables of a schedule, as checkpoints of Palette hold them."
     before = np.append(1., gammas[:-1])
     beta = 1 - gammas/before
     variance = beta*(1 - before)/(1 - gammas)
@@ -136,10 +136,10 @@ def karras_levels(
 @dataclass(frozen=True)
 class SamplerCall:
     "One call of the network, and the step that follows from its answer."
-    seen:float # noise level of the image that the network sees
-    start:float # level that the step starts from; in Heun's second call another one than `seen`
+    seen:float # noise level of the image that the network gets
+    start:float # level that the step starts from; differs from `seen` in Heun's second call
     end:float # level that the step leads to; 1: the photograph
-    eta:float=0. # share of DDPM's noise
+    eta:float=0. # scales DDPM's noise
 
 # %% ../nbs/15_diffusion.ipynb #89894315
 def sampler_calls(
@@ -161,7 +161,7 @@ def sampler_calls(
 # %% ../nbs/15_diffusion.ipynb #d1f00018
 @dataclass(frozen=True)
 class SamplerState:
-    "Where a walk back has arrived."
+    "The state of sampling after some calls."
     x:Tensor # (B,C,H,W)
     before:Tensor=None # x before the last call
     x0_hat:Tensor=None # estimate of the last call
@@ -175,13 +175,13 @@ def estimate_x0(
     objective:str='noise', # one of OBJECTIVES
     limit:float=1., # the estimate stays in [-limit,limit]
 )->Tensor: # x0_hat (B,C,H,W)
-    "The clean image that the network sees in x."
+    "Estimate the clean image from x with one call of the network."
     answer = denoise(x, torch.full((len(x),), gamma, device=x.device))
     return predict_x0(objective, answer, x, gamma).clamp(-limit, limit)
 
 # %% ../nbs/15_diffusion.ipynb #1cf7e4d6
 def heun_weight(call:SamplerCall)->float: # 1/2 for a small step
-    "The weight of the later estimate in Heun's second call."
+    "Compute the weight of the later estimate in Heun's second call."
     h = (math.log(call.end/(1 - call.end)) - math.log(call.start/(1 - call.start)))/2
     return 1/-math.expm1(-h) - 1/h
 
@@ -191,7 +191,7 @@ def p_sample(
     x0_hat:Tensor, # (B,C,H,W), the call's estimate
     noise:Iterator, # of (B,C,H,W), standard normal; advanced only where its coefficient is not 0
 )->SamplerState:
-    "One step back."
+    "Take one step back."
     x, estimate = state.x, x0_hat
     if call.seen != call.start: # Heun's second call: the same step again
         x, estimate = state.before, torch.lerp(state.x0_hat, x0_hat, heun_weight(call))
