@@ -20,7 +20,7 @@ def distance_bias(
     table:Tensor, # (heads,2L); column L-1+d is the bias of the distance d = key - query
     causal:bool, # hide the keys after the query?
 )->Tensor: # (heads,L,L): query, key
-    "The bias of every query and key along an axis."
+    "Compute the bias of every query and key along an axis."
     L = table.shape[1]//2
     place = torch.arange(L, device=table.device)
     bias = table[:, L - 1 + place[None] - place[:, None]]
@@ -32,7 +32,7 @@ def attend(
     q:Tensor, k:Tensor, v:Tensor, # (N,L,D): N independent sequences
     bias:Tensor, # (heads,L,L)
 )->Tensor: # (N,L,D)
-    "Multi-head attention within each sequence."
+    "Compute multi-head attention within each sequence."
     q, k, v = (x.unflatten(-1, (len(bias), -1)).transpose(1, 2) for x in (q, k, v))
     bias = bias.to(q.dtype)
     if bias.requires_grad and q.device.type == 'cpu': # the fused CPU kernel gives the bias no gradient
@@ -92,7 +92,7 @@ class ConditionalNorm(nn.Module):
         z:Tensor, # (B,H,W,D)
         norm:str='image', # 'image': over the picture; 'row': over each row
     )->Tensor: # (B,1,1,D) or (B,H,1,D)
-        "The weighted spatial average of the context."
+        "Compute the weighted spatial average of the context."
         if norm not in ('image', 'row'):
             raise ValueError(f"norm is 'image' or 'row', got {norm!r}")
         over = (1, 2) if norm == 'image' else (2,)
@@ -102,7 +102,7 @@ class ConditionalNorm(nn.Module):
         return (z*w[..., None]).mean(over, keepdim=True)
 
     def affine(self, z:Tensor, norm:str='image')->tuple: # (scale, shift), each shaped like `average`
-        "Scale and shift from the context."
+        "Compute scale and shift from the context."
         late = self.order == 'cs' and self.weight is not None # the average then scales the bias, too
         bias = self.dense.bias*self.weight.mean() if late else self.dense.bias
         return self.act(F.linear(self.average(z, norm), self.dense.weight, bias)).chunk(2, -1)
@@ -150,7 +150,7 @@ class Block(nn.Module):
     def attention_terms(self,
         context:Tensor, # (...,C)
     )->tuple: # (scale, shift), each (...,3,D); 1 and 0 for those of q, k and v that are not conditioned
-        "Scale and shift of q, k and v from the context."
+        "Compute scale and shift of q, k and v from the context."
         conditioned = self.c.attention
         projected = self.cond(context).unflatten(-1, (len(conditioned), -1, self.out.in_features))
         if self.c.scale:
@@ -164,7 +164,7 @@ class Block(nn.Module):
     def mlp_terms(self,
         context:Tensor, # (...,C)
     )->tuple: # (scale or None, shift), each (...,D)
-        "Scale and shift of the feed-forward output from the context. The official order is (shift, scale)."
+        "Compute scale and shift of the feed-forward output from the context. The official order is (shift, scale)."
         projected = self.modulate(context)
         if self.c.mlp == 'shift':
             return None, projected
@@ -175,21 +175,21 @@ class Block(nn.Module):
         z:Tensor, # (B,H,W,D)
         norm:str='image', # see ConditionalNorm
     )->tuple: # (scale, shift) of norm1 and of norm2; empty where the norms are plain
-        "Scales and shifts of the two norms from the averaged context."
+        "Compute scales and shifts of the two norms from the averaged context."
         return tuple(n.affine(z, norm) if isinstance(n, ConditionalNorm) else () for n in (self.norm1, self.norm2))
 
     def project(self,
         x:Tensor, # (...,D)
         context:Tensor, # (...,C)
     )->Tensor: # (...,3D)
-        "Conditioned q, k and v, concatenated."
+        "Compute the conditioned q, k and v, concatenated."
         if self.cond is None:
             return self.qkv(x)
         scale, shift = self.attention_terms(context)
         return torch.addcmul(shift, self.qkv(x).unflatten(-1, shift.shape[-2:]), scale).flatten(-2)
 
     def attention(self, x:Tensor, context:Tensor)->Tensor: # (B,H,W,D)
-        "Attention along the block's axis."
+        "Compute attention along the block's axis."
         qkv = self.project(x, context)
         if self.axis == 'column':
             qkv = qkv.transpose(1, 2)
@@ -200,7 +200,7 @@ class Block(nn.Module):
         return self.out(o)
 
     def feed_forward(self, x:Tensor, context:Tensor)->Tensor: # (...,D)
-        "The feed-forward layer, scaled and shifted by the context."
+        "Run the feed-forward layer; the context scales and shifts its output."
         y = self.ff_out(F.relu(self.ff_in(x)))
         if self.modulate is None:
             return y
@@ -208,7 +208,7 @@ class Block(nn.Module):
         return y + shift if scale is None else torch.addcmul(shift, y, scale)
 
     def after_attention(self, x:Tensor, o:Tensor, context:Tensor, terms:tuple)->Tensor: # (...,D)
-        "The rest of the block, pixel by pixel: residual and norm, feed-forward, residual and norm."
+        "Run the rest of the block, pixel by pixel: residual and norm, feed-forward, residual and norm."
         x = self.norm1(x + o, *terms[0])
         return self.norm2(x + self.feed_forward(x, context), *terms[1])
 
