@@ -17,7 +17,7 @@ def bits_per_symbol(
     logits:Tensor, # (...,K)
     labels:Tensor, # (...) long
 )->Tensor: # scalar
-    "Cross-entropy in bits, the mean over everything."
+    "Compute the cross-entropy in bits, the mean over all pixels and images."
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())/math.log(2)
@@ -32,12 +32,12 @@ def _chunk_loss(x, weight, bias, labels, dtype): # (n,D), (K,D), (K,) or None, (
     mass = exp.sum(-1, keepdim=True)
     return (mass.log() + largest - right).sum(), exp, mass
 
-def _zeros(like, dtype, wanted): # where a gradient is summed; None where it is not wanted
+def _zeros(like, dtype, wanted): # to sum a gradient in; None if it is not wanted
     return torch.zeros_like(like, dtype=dtype) if wanted else None
 
 # %% ../nbs/17_head_loss.ipynb #9da8fa4c
 class HeadBits(torch.autograd.Function):
-    "The bits of a linear head. The forward pass makes the gradients that are wanted, so no logits are kept."
+    "The loss of a linear head, in bits. The forward pass computes the wanted gradients, so no logits are kept."
     @staticmethod
     def forward(ctx, x, weight, bias, labels): # (N,D), (K,D), (K,) or None, (N,)
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
@@ -81,7 +81,7 @@ def head_bits(
     head:nn.Linear, # D to K
     labels:Tensor, # (...) long
 )->Tensor: # scalar
-    "`bits_per_symbol(head(x), labels)`, without all logits in memory."
+    "Compute `bits_per_symbol(head(x), labels)` without holding all logits in memory."
     device, inputs = x.device.type, [x.flatten(0, -2), head.weight, head.bias]
     if torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)
