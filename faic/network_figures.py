@@ -12,7 +12,7 @@ from .axial import ConditionalNorm
 from .layers import count_params
 
 # %% ../nbs/18_network_figures.ipynb #f6077226
-READ_COLORS = {'': '.95', 'z': '#fddbb5', 'z, above': '#c3d9ef'} # of a component, by the context that conditions it
+READ_COLORS = {'': '.95', 'z': '#fddbb5', 'z, above': '#c3d9ef'} # of a box, by the context that conditions it
 
 def _context_of(layer, dim): # 'z', 'z, above', or '' for a layer that is not conditioned
     if isinstance(layer, nn.Linear):
@@ -90,7 +90,7 @@ def figure1(
     color, # an Upsampler
     spatial=None, # an Upsampler; None where the colorizer works at the photograph's side
 ):# -> matplotlib Figure
-    "Figure 1: the structure of ColTran, drawn from its networks."
+    "Draw Figure 1: the structure of ColTran, read from its networks."
     from faic.drawing import arrow, box, diagram
     fig, ax = diagram(7.2, 5.47)
     low = len(colorizer.encoder.positions.rows)
@@ -167,7 +167,7 @@ def figure3(
     side:int=256, # px, of the photographs
     steps:int=200, # of sampling
 ):# -> matplotlib Figure
-    "Figure 3: BBDM in the latent space of its first stage, drawn from its networks."
+    "Draw Figure 3: BBDM in the latent space of its first stage, read from its networks."
     from faic.drawing import box, diagram
     fig, ax = diagram(7.2, 2.86)
     _draw_arrows(ax, _draw_boxes(ax, rgb, gray, unet, first_stage, side))
