@@ -48,7 +48,7 @@ def _response(t):
     return threshold_(step - t, step - F_FOOT, 0.).mul_(-7.787).add_(curve)
 
 def _xyz(pixels):
-    "RGB_TO_XYZ divided by white, (3,3), on the device of `pixels`, in their float dtype (float32 for uint8)."
+    "Return RGB_TO_XYZ divided by white, (3,3), on the device and in the float dtype of `pixels` (float32 for uint8)."
     rows = tuple(tuple(v/w for v in row) for row, w in zip(RGB_TO_XYZ, WHITE))
     return _constant(rows, pixels.device, pixels.dtype if pixels.is_floating_point() else torch.float32)
 
@@ -69,7 +69,7 @@ def _in_pieces(convert, rgb): # convert: (B,3,n) -> (B,C,n); returns (B,C,H,W)
 def rgb_to_lab(
     rgb:Tensor, # (B,3,H,W) float in [0,1], or uint8
 )->Tensor: # (B,3,H,W): L in [0,100], a and b in about [-110,110]; float32 for uint8
-    "sRGB to CIE Lab (D65), with gradients that are finite everywhere."
+    "Convert sRGB to CIE Lab (D65), with gradients that are finite everywhere."
     matrix = _xyz(rgb)
     weights = _constant(((0, 116, 0), (500, -500, 0), (0, 200, -200)), matrix.device, matrix.dtype)
     offset = _constant(((-16,), (0,), (0,)), matrix.device, matrix.dtype)
@@ -86,7 +86,7 @@ def _from_xyz(device, dtype): # (3,3), the inverse of `_xyz`
 def lab_to_rgb(
     lab:Tensor, # (B,3,H,W) in Lab's own units
 )->Tensor: # (B,3,H,W) in [0,1], clipped
-    "CIE Lab (D65) to sRGB."
+    "Convert CIE Lab (D65) to sRGB."
     L, a, b = lab.unbind(1)
     y = (L + 16)/116
     f = torch.stack([y + a/500, y, (y - b/200).clamp(min=0)], 1)
@@ -121,7 +121,7 @@ def ciede2000(
     lab1:Tensor, # (B,3,H,W) float, in Lab's own units
     lab2:Tensor, # (B,3,H,W) float
 )->Tensor: # (B,H,W), 0 for equal colors
-    "The color difference CIEDE2000 of each pixel, with unit weights."
+    "Compute the color difference CIEDE2000 of each pixel, with unit weights."
     G = .5 - .5*_chroma_rolloff((lab1[:, 1:].norm(dim=1) + lab2[:, 1:].norm(dim=1))/2)
     (C1, h1), (C2, h2) = _chroma_and_hue(lab1, G), _chroma_and_hue(lab2, G)
     colored = (C1 > 0) & (C2 > 0)
@@ -141,21 +141,21 @@ def ciede2000(
 def scale_lab(
     lab:Tensor, # (B,3,H,W) in Lab's own units
 )->tuple: # L (B,1,H,W) in [-1,1], ab (B,2,H,W), in [-1,1] for all of sRGB
-    "Lab to the range that Pix2Pix works in."
+    "Scale Lab to the range that Pix2Pix works in."
     return lab[:,:1]/50 - 1, lab[:,1:]/110
 
 def unscale_lab(
     L:Tensor, # (B,1,H,W) in [-1,1]
     ab:Tensor, # (B,2,H,W) in [-1,1]
 )->Tensor: # (B,3,H,W) in Lab's own units, in the dtype of the inputs; the official code uses float32
-    "Pix2Pix's range back to Lab."
+    "Scale Pix2Pix's range back to Lab."
     return torch.cat([(L + 1)*50, ab*110], 1)
 
 # %% ../nbs/03_color.ipynb #aa58e9d6
 def scaled_lab(
     rgb:Tensor, # (B,3,H,W), the values of 8-bit pixels: float in [0,1] (no gradient flows), or uint8
 )->tuple: # L (B,1,H,W) and ab (B,2,H,W), as scale_lab(rgb_to_lab(rgb)) returns them
-    "Pix2Pix's input and target, of 8-bit pixels, in one pass."
+    "Compute Pix2Pix's input and target from 8-bit pixels, in one pass."
     matrix = _xyz(rgb)
     weights = _constant(((0, 116/50, 0), (500/110, -500/110, 0), (0, 200/110, -200/110)), matrix.device, matrix.dtype)
     offset = _constant(((-16/50 - 1,), (0,), (0,)), matrix.device, matrix.dtype)
@@ -196,7 +196,7 @@ def luma(
     rgb:Tensor, # (B,3,H,W), the values of 8-bit pixels: float in [0,1], or uint8
     kind:str, # one of GRAY_KINDS
 )->Tensor: # (B,1,H,W) in [0,1]: L/100 or luma/255; float32 for uint8
-    "The gray that a model receives, rounded as in its reference implementation."
+    "Compute the gray that a model receives, rounded as in its reference implementation."
     if kind not in GRAYS:
         raise ValueError(f'gray kind {kind!r} is unknown; expected one of {GRAY_KINDS}')
     return GRAYS[kind](rgb)
@@ -208,14 +208,14 @@ FROM_YUV = ((1., -.00093, 1.401687), (1., -.3437, -.71417), (1., 1.77216, .00099
 def rgb_to_yuv(
     rgb:Tensor, # (B,3,H,W) in [0,1]
 )->Tensor: # (B,3,H,W) in [-1,1]
-    "RGB to COLORGAN's YUV."
+    "Convert RGB to COLORGAN's YUV."
     yuv = torch.einsum('ij,bjhw->bihw', rgb.new_tensor(TO_YUV), rgb)*2
     return yuv - yuv.new_tensor([1, 0, 0]).view(3, 1, 1)
 
 def yuv_to_rgb(
     yuv:Tensor, # (B,3,H,W) in [-1,1]
 )->Tensor: # (B,3,H,W) in [0,1], clipped
-    "COLORGAN's YUV to RGB."
+    "Convert COLORGAN's YUV to RGB."
     yuv = yuv + yuv.new_tensor([1, 0, 0]).view(3, 1, 1)
     return (torch.einsum('ij,bjhw->bihw', yuv.new_tensor(FROM_YUV), yuv)/2).clamp(0, 1)
 
@@ -224,20 +224,20 @@ def transfer_lightness(
     photo:Tensor, # (B,3,H,W) in [0,1], or (B,1,H,W): a gray photograph, R=G=B
     rgb:Tensor, # (B,3,H,W) in [0,1]: its colorization
 )->Tensor: # (B,3,H,W) in [0,1]: Lab L of `photo`, a and b of `rgb`
-    "The colors of `rgb` with the lightness of `photo`."
+    "Combine the colors of `rgb` with the lightness of `photo`."
     return lab_to_rgb(torch.cat([rgb_to_lab(photo.expand_as(rgb))[:,:1], rgb_to_lab(rgb)[:,1:]], 1))
 
 # %% ../nbs/03_color.ipynb #bcbf1b97
 def to_uint8(
     rgb:Tensor, # float in [0,1]; values outside are clipped
 )->Tensor: # uint8, same shape
-    "Round to 8 bit, as this study writes and scores images."
+    "Round to 8 bits, as this study writes and scores images."
     return (rgb*255).round().clamp(0, 255).to(torch.uint8)
 
 def truncate_uint8(
     rgb:Tensor, # float in [0,1]
 )->Tensor: # uint8, same shape
-    "Truncate to 8 bit, as the official Pix2Pix does."
+    "Truncate to 8 bits, as the official Pix2Pix does."
     return (rgb*255).to(torch.uint8)
 
 # %% ../nbs/03_color.ipynb #1f030001
@@ -250,7 +250,7 @@ def srgb_profile()->bytes:
 
 @dataclass(frozen=True)
 class ProfileConversion:
-    "What a profile asks for."
+    "The conversion to sRGB that a profile asks for."
     name:str
     table:list=None # for gray pixels: 256 values
     transform:ImageCms.ImageCmsTransform=None # for others; neither: the pixels are sRGB
@@ -273,8 +273,8 @@ _SPACES = {'GRAY': 'L', 'RGB': 'RGB', 'CMYK': 'CMYK'} # of profiles -> mode of p
 def profile_conversion(
     profile:bytes, # ICC
     mode:str, # of the pixels: L, RGB or CMYK
-)->ProfileConversion: # an error where the profile is damaged, or of other pixels
-    "Read a profile."
+)->ProfileConversion: # an error if the profile is damaged, or is for other pixels
+    "Read a profile and find its conversion to sRGB."
     opened, srgb = (ImageCms.ImageCmsProfile(io.BytesIO(content)) for content in (profile, srgb_profile()))
     space = _SPACES[opened.profile.xcolor_space.strip()]
     if space != mode and (mode, space) != ('L', 'RGB'):
