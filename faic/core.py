@@ -23,7 +23,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #708427b4
-def clone_root()->Path: # None where the package was installed from a wheel
+def clone_root()->Path: # None if the package was installed from a wheel
     "Return the clone of the repository that this code is part of."
     try:
         here = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def repo_root()->Path: # the clone; the current folder when the package is insta
 
 # %% ../nbs/00_core.ipynb #737e93a7
 def result_folders()->dict: # 'FAIC_RUNS' and 'FAIC_FIGURES' -> Path; neither is made
-    "Return the folders of results: of the variable, else of the clone or of the current folder."
+    "Return the folders of results: as the variables say, else in the clone or the current folder."
     usual = dict(FAIC_RUNS='runs', FAIC_FIGURES='figures')
     chosen = {variable: os.environ.get(variable) or repo_root()/name for variable, name in usual.items()}
     return {variable: Path(path).expanduser().resolve() for variable, path in chosen.items()}
@@ -70,9 +70,9 @@ def _announce_folders():
 # %% ../nbs/00_core.ipynb #daca4b81
 def require_writable(
     folder:Path, # made if it is missing
-    variable:str, # that names another one
+    variable:str, # environment variable that names another folder
 )->Path: # the same folder; OSError where it cannot be written
-    "Make sure that files can be written to a folder, before hours of work."
+    "Check that files can be written to a folder, before hours of work."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -86,7 +86,7 @@ RESULTS_MARKER = '.faic-results' # a file in every folder that FAIC writes pictu
 
 # %% ../nbs/00_core.ipynb #985b956c
 def printable(
-    text, # of any length; what `str` makes of it is shown
+    text, # anything; `str` converts it
 )->str: # one line that every terminal, figure and notebook can show
     "Replace each character that cannot be shown, line breaks included, by U+FFFD."
     return ''.join(c if c.isprintable() else '\ufffd' for c in str(text))
@@ -151,7 +151,7 @@ def make_generator(
     *names, # integers and strings that name the purpose, e.g. seed, 'evaluate', index
     device='cpu', # where the numbers are drawn
 )->torch.Generator:
-    "Return a generator seeded by a hash of `names`: the same names give the same numbers, whatever ran before."
+    "Return a generator seeded by a hash of `names`: the same names always give the same numbers."
     plain = tuple(n.item() if hasattr(n, 'item') else n for n in names) # NumPy's 3 and Python's 3 are one name
     seed = int.from_bytes(hashlib.sha256(repr(plain).encode()).digest()[:8], 'little')
     return torch.Generator(device).manual_seed(seed % 2**63)
@@ -168,7 +168,7 @@ class BatchGenerator:
 def sample_per_image(
     kind, # torch.rand, torch.randn, or a function of the same arguments
     shape:tuple, # (B,...)
-    generator, # a torch.Generator, a BatchGenerator, None (torch's own), a list, one per image, or what has `sample`
+    generator, # torch.Generator, BatchGenerator, None (torch's own), list with one per image, or object with `sample`
 )->torch.Tensor: # of this shape, on the generator's device
     "Draw random numbers for a batch of images."
     if hasattr(generator, 'sample'):
@@ -186,7 +186,7 @@ def randint_sampler(high:int): # a `kind` for `sample_per_image`
 
 # %% ../nbs/00_core.ipynb #e2157f4d
 def is_main_process()->bool:
-    "Is this the process that writes files and prints?"
+    "Tell whether this is the process that writes files and prints."
     return idist.get_rank() == 0
 
 # %% ../nbs/00_core.ipynb #338b1c47
@@ -218,7 +218,7 @@ def pick_device(
     if chosen.type not in ('cpu', 'cuda'):
         raise ValueError(f"device {device!r}: this study runs on 'cpu' or 'cuda'")
     if chosen.type == 'cpu':
-        return chosen # without asking CUDA, which a process that forks must not
+        return chosen # without calling CUDA, which a process that forks must not use
     count = torch.cuda.device_count()
     if (chosen.index or 0) >= count:
         raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees {count} CUDA devices; "
@@ -241,7 +241,7 @@ def _cpuinfo(*names): # the first of these fields in Linux's /proc/cpuinfo; '' o
 
 # %% ../nbs/00_core.ipynb #771621e4
 def has_bfloat16(device:torch.device)->bool:
-    "Does the hardware multiply bfloat16?"
+    "Tell whether the hardware multiplies bfloat16."
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
     flags = _cpuinfo('flags', 'Features').split() # x86, ARM
@@ -258,7 +258,7 @@ def set_deterministic(device:torch.device):
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 # %% ../nbs/00_core.ipynb #55769ff0
-def usable_cores()->list: # their numbers
+def usable_cores()->list: # numbers of the cores
     "Return the cores that this process may use."
     if hasattr(os, 'sched_getaffinity'):
         return sorted(os.sched_getaffinity(0))
@@ -278,8 +278,8 @@ def _busy_seconds(cores): # that all processes spent on these cores so far; None
     return ticks/os.sysconf('SC_CLK_TCK')
 
 def busy_cores(
-    seconds:float=.25, # that each of two measurements takes
-)->float: # the lower of both; 0 where Linux does not tell
+    seconds:float=.25, # duration of each of two measurements
+)->float: # the lower of both; 0 on other systems than Linux
     "Measure how many of the usable cores other processes keep busy; this process sleeps meanwhile."
     cores, found = usable_cores(), []
     for _ in range(2):
@@ -292,14 +292,14 @@ def busy_cores(
 
 @cache
 def free_cores()->int: # at least 1
-    "Count the usable cores that are free; measured once a process."
+    "Count the usable cores that are free; measure once per process."
     return max(1, len(usable_cores()) - int(busy_cores() + .25)) # a core counts as busy from three quarters on
 
 # %% ../nbs/00_core.ipynb #6be42a76
 USUAL_THREADS = torch.get_num_threads() # torch's own choice
 _THREADS = {USUAL_THREADS} # numbers that this module set; any other number is the user's choice
 
-def set_threads(number:int=USUAL_THREADS)->bool: # was it set?
+def set_threads(number:int=USUAL_THREADS)->bool: # whether it was set
     "Use this number of threads from now on, unless the user has chosen one."
     if {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & os.environ.keys():
         return False
@@ -309,8 +309,8 @@ def set_threads(number:int=USUAL_THREADS)->bool: # was it set?
     torch.set_num_threads(number)
     return True
 
-def leave_busy_cores()->bool: # are there fewer threads than usual?
-    "Use no more threads than cores are free, and print it; a number that the user chose stays."
+def leave_busy_cores()->bool: # whether fewer threads than usual are used
+    "Use no more threads than there are free cores, and print that; keep a number that the user chose."
     if USUAL_THREADS == 1 or not set_threads():
         return False
     free, cores = free_cores(), len(usable_cores())
@@ -348,12 +348,12 @@ class Budget:
 
 # %% ../nbs/00_core.ipynb #25723337
 def full_demo()->bool: # False under nbdev_test
-    "Is a notebook executed for its pictures?"
+    "Tell whether the notebook is executed for its pictures."
     return 'IN_TEST' not in os.environ
 
 def demo_steps(
-    steps:int, # where a notebook is executed for its pictures
-    test:int=5, # where nbdev_test checks that it runs
+    steps:int, # when the notebook is executed for its pictures
+    test:int=5, # when nbdev_test checks that it runs
 )->int:
     "Return how many steps a demonstration takes."
     return steps if full_demo() else test
@@ -402,7 +402,7 @@ class ProgressBar(tqdm):
         mirrored = os.environ.get('FAIC_PROGRESS') # another process draws it
         self.shell = None if mirrored or 'file' in options else kernel_shell()
         if mirrored or self.shell:
-            options.setdefault('file', NOWHERE) # a notebook would store every move
+            options.setdefault('file', NOWHERE) # a notebook would store every update
         if self.shell:
             options.setdefault('mininterval', .5)
         super().__init__(*args, **options)
@@ -438,7 +438,7 @@ class ProgressBar(tqdm):
 
 # %% ../nbs/00_core.ipynb #4de1d623
 def require_same_clone():
-    "Refuse a notebook of one clone with the code of another; RuntimeError."
+    "Raise RuntimeError if the notebook is in one clone and the code comes from another."
     started_by_faic = 'FAIC_NOTEBOOK' in os.environ # its notebook is the code's own
     if kernel_shell() is None or started_by_faic:
         return
