@@ -22,7 +22,7 @@ def count_params(
     net:nn.Module,
     only_trained:bool=False, # leave frozen ones out
 )->int:
-    "Number of parameters."
+    "Count the parameters of a network."
     return sum(p.numel() for p in net.parameters() if p.requires_grad or not only_trained)
 
 # %% ../nbs/10_layers.ipynb #785d1b98
@@ -30,7 +30,7 @@ def timestep_embedding(
     t:Tensor, # (B,) times, not scaled
     dim:int, # length of the vector, even
 )->Tensor: # (B,dim) float32
-    "Cosines, then sines, of the time at `dim/2` frequencies (Ho et al. 2020)."
+    "Compute cosines, then sines, of the time at `dim/2` frequencies (Ho et al. 2020)."
     frequencies = torch.exp(-math.log(10_000)*torch.arange(dim//2, dtype=torch.float32, device=t.device)/(dim//2))
     angles = t[:, None].float()*frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -55,7 +55,7 @@ def resample2x(
 
 # %% ../nbs/10_layers.ipynb #a417de61
 class Dropout(nn.Module):
-    "Zero a share of the values in training; every image's random numbers are its own."
+    "Zeroes a share of the values in training; every image has its own random numbers."
     def __init__(self,
         rate:float, # share of zeros
     ):
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
 # %% ../nbs/10_layers.ipynb #27705cc4
 class Down(nn.Module):
-    "Half the side, by a convolution of stride 2."
+    "Halves the side, by a convolution of stride 2."
     def __init__(self, channels:int):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -155,7 +155,7 @@ class Down(nn.Module):
         return self.op(x)
 
 class Up(nn.Module):
-    "Twice the side, by repetition, then a convolution."
+    "Doubles the side by repeating pixels, then convolves."
     def __init__(self, channels:int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -247,14 +247,14 @@ class UNet(nn.Module):
 
 # %% ../nbs/10_layers.ipynb #934780ce
 def norm_groups(channels:int)->int: # 32 from 128 channels on
-    "Groups of a norm in a network of this width: 32 as published, but at least four channels each."
+    "Return the number of groups for a width: 32 as published, or fewer, with at least four channels each."
     return min(32, channels//4)
 
 def trim_channel_mult(
     channel_mult:tuple, # one per level
     side:int, # px, of the U-Net's input
 )->tuple:
-    "The levels of a U-Net for a small side: as many as leave a lowest side of at least 2."
+    "Drop levels of a U-Net for a small side, so that the lowest side is at least 2."
     return tuple(channel_mult[:max(1, int(math.log2(side)))])
 
 def upcast_float32(x:Tensor)->Tensor:
@@ -266,7 +266,7 @@ def sampling_network(
     net:nn.Module,
     precision:str, # 'float32' or 'bfloat16'
 )->nn.Module: # in eval mode; in bfloat16 a copy
-    "The network as a sampler calls it, many times for an image."
+    "Prepare a network for a sampler, which calls it many times per image."
     if precision == 'float32':
         return net.eval()
     return copy.deepcopy(net).eval().to(torch.bfloat16, memory_format=torch.channels_last)
@@ -275,16 +275,16 @@ def noise_stream(
     like:Tensor, # (B,C,h,w)
     generators, # one per image, see sample_per_image
 ): # yields (B,C,h,w), standard normal
-    "Draw noise for one sampling step after the other, each image's from its own generator."
+    "Yield noise for one sampling step after another; each image's comes from its own generator."
     while True:
         yield sample_per_image(torch.randn, like.shape, generators).to(like.device)
 
 # %% ../nbs/10_layers.ipynb #934780d3
 def staged_colorizer(
-    stages:dict, # name -> function (gray, state, generators) -> the next state, at last rgb
+    stages:dict, # name -> function (gray, state, generators) -> the next state; the last one returns rgb
     times:dict={}, # name -> calls in a row; 1 where it is missing
 ): # function; its attributes are `stages` and `times`
-    "The function colorize(gray, generator) of stages that follow each other and can be timed apart."
+    "Make the function colorize(gray, generator) from stages that run in order and can be timed separately."
     def colorize(
         gray:Tensor, # (B,1,H,W) in [0,1]
         generator=None, # a torch.Generator, or a list with one per image; None: seed 0
