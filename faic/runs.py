@@ -26,7 +26,7 @@ from .core import (clone_root, device_name, is_main_process, read_json, runs_dir
 
 # %% ../nbs/02_runs.ipynb #8b5a6437
 def launch_command()->str: # e.g. 'papermill phase2.ipynb out.ipynb -p model coltran'
-    "Return the command that started this process, or the parent's command in a notebook."
+    "Return the command that started this process or, in a notebook, its parent."
     words = sys.orig_argv
     if 'ipykernel_launcher' in ' '.join(words):
         parent = Path(f'/proc/{os.getppid()}/cmdline')
@@ -49,7 +49,7 @@ def gpu_driver(device:torch.device)->str: # '' on a CPU
 PACKAGES = ('torch', 'pytorch-ignite', 'numpy', 'pillow', 'scikit-image')
 
 def provenance(device:torch.device)->dict:
-    "Collect who made a result: time, commit, command, device, driver and versions."
+    "Collect the origin of a result: time, commit, command, device, driver and versions."
     return dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=code_commit(),
                 command=launch_command(), device=device_name(device), driver=gpu_driver(device),
                 python=platform.python_version(), versions={p: _version(p) for p in PACKAGES})
@@ -117,7 +117,7 @@ class Run:
 def diff_options(
     stored, # in options.json: anything JSON can hold
     wanted, # by the caller
-    name:str='', # of the option; an option inside another is named 'train.plateau.factor'
+    name:str='', # of the option; a nested one is named e.g. 'train.plateau.factor'
 )->list: # one sentence per option that differs
     "List the options in which two sets differ."
     if isinstance(stored, dict) and isinstance(wanted, dict):
@@ -170,7 +170,7 @@ def primary_rows(run:Run)->pd.DataFrame: # one row per day, in order
     return m.drop_duplicates('day', keep='last').sort_values('day')
 
 def evaluated(run:Run, **what)->bool: # e.g. day=1, sampling='batch_norm=image'
-    "Is this evaluation already a row of the run's metrics?"
+    "Tell whether this evaluation is already a row of the run's metrics."
     m = run.metrics()
     return bool(len(m)) and bool(np.logical_and.reduce([m[k] == v for k, v in what.items()]).any())
 
@@ -222,7 +222,7 @@ def read_samples(
 def is_locked(
     folder:Path, # of a run
 )->bool:
-    "Does a live process hold the run's lock?"
+    "Tell whether a live process holds the run's lock."
     lock = folder/'lock'
     if not lock.exists():
         return False
