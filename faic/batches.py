@@ -23,7 +23,7 @@ from .photos import Photos
 
 # %% ../nbs/07_batches.ipynb #52c8a552
 class Batch(Mapping):
-    "index (B,) long; gray (B,1,H,W) and rgb (B,3,H,W) float32 in [0,1]; gray is made when it is first asked for."
+    "index (B,) long; gray (B,1,H,W) and rgb (B,3,H,W) float32 in [0,1]; gray is computed when it is first used."
     def __init__(self,
         index, # (B,) long
         pixels, # (B,3,H,W) uint8
@@ -94,7 +94,7 @@ def rank_rows(
     return slice(start, start + few + (process < longer))
 
 def rank_shard(rows:np.ndarray, process:int, processes:int)->np.ndarray:
-    "Take a process's rows of a batch."
+    "Take a process's rows from a batch."
     return rows[rank_rows(len(rows), process, processes)]
 
 def _places(draw, share): # (B,4) of a process's images: photograph, top and left of the crop, mirrored
@@ -105,7 +105,7 @@ def _places(draw, share): # (B,4) of a process's images: photograph, top and lef
 def _batches(
     cut, # function of an item of steps: array with one row per image, index array (B,)
     steps, # iterable: tells `cut` which batch to cut
-    make, # function of (index on the CPU, rows on the device): the batch, which keeps no view of rows
+    make, # function (index on the CPU, rows on the device) -> the batch, which keeps no view of rows
     device, # where the pixels go
     workers:int=1, # threads
 ): # yields batches; while one is used, `workers` more are being cut
@@ -117,7 +117,7 @@ def _batches(
                 ahead.extend(pool.submit(cut, s) for s in itertools.islice(steps, 1))
                 rows, index = map(torch.from_numpy, ahead.popleft().result())
                 if torch.device(device).type == 'cuda':
-                    rows = rows.pin_memory() # the copy to the GPU then waits for nothing
+                    rows = rows.pin_memory() # lets the copy to the GPU run asynchronously
                 yield make(index, rows.to(device, non_blocking=True))
         finally:
             for later in ahead:
@@ -210,7 +210,7 @@ def latent_batches(
     share:tuple=(0, 1), # (process, processes): which rows of each batch
     workers:int=1, # threads that cut batches ahead
 ): # endless iterator of batches: index (B,) long, latents (B,...)
-    "Yield endless random batches of what was prepared, in the order of `training_batches` with the same seed."
+    "Yield endless random batches of prepared latents, in the order of `training_batches` with the same seed."
     _check_workers(workers)
     indices = np.asarray(indices, dtype=np.int64)
     if len(indices) != len(latents):
