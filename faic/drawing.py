@@ -30,7 +30,7 @@ STYLE = {
     'savefig.dpi': 200, 'axes.prop_cycle': cycler(color=COLORS)}
 
 def style(): # -> context manager
-    "The study's style within a `with` block."
+    "Return a context manager that sets the study's style."
     import matplotlib.pyplot as plt
     if not plt.get_fignums():
         plt.switch_backend(plt.get_backend()) # before the block, whose end would undo a notebook's automatic display
@@ -48,7 +48,7 @@ def add_footer(fig, *sentences:str):
 def plain_text(
     text:str, # may have several lines
 )->str: # what Matplotlib draws as it is
-    "Mark the dollar signs of a text as characters, and replace what no font has."
+    "Mark the dollar signs of a text as characters, and replace what cannot be printed."
     return '\n'.join(printable(line) for line in text.split('\n')).replace('$', r'\$')
 
 # %% ../nbs/09_drawing.ipynb #fd3ea8cf
@@ -74,7 +74,7 @@ def sample_grid(
     title:str='',
     footer=(), # sentences under the figure
 ):# -> matplotlib Figure
-    "Images side by side: a row per photograph, a column per version of it."
+    "Draw images side by side: a row per photograph, a column per version of it."
     import matplotlib.pyplot as plt
     shapes = [images.shape for images in columns.values() if isinstance(images, np.ndarray)]
     rows, height, width = shapes[0][:3] if shapes else (1, 1, 1)
@@ -96,7 +96,7 @@ def sample_grid(
     return fig
 
 # %% ../nbs/09_drawing.ipynb #2978be81
-def _show_column(ax, images): # one under the other in one pair of axes, which is drawn faster than axes for each
+def _show_column(ax, images): # one below the other in one Axes, which is faster than one Axes per image
     height, width = images.shape[1:3]
     pitch = 1.04*height # with a gap between images
     for i, image in enumerate(images):
@@ -111,8 +111,8 @@ def _show_words(ax, words, rows, height, width): # on light gray images of this 
 
 # %% ../nbs/09_drawing.ipynb #babcebcf
 def picture_row(
-    pictures:dict, # title, shortened where it is long -> PIL image of any size and mode
-    side:int=360, # px, the longest that is drawn
+    pictures:dict, # title, shortened if it is long -> PIL image of any size and mode
+    side:int=360, # px, the longest side of a preview
 ):# -> matplotlib Figure
     "Draw pictures side by side, reduced to a preview."
     import matplotlib.pyplot as plt
@@ -140,7 +140,7 @@ def diagram(
     width:float, # inches
     height:float, # inches
 ):# -> (Figure, Axes whose coordinates are inches from the lower left corner)
-    "An empty sheet for boxes and arrows."
+    "Make an empty sheet for boxes and arrows."
     import matplotlib.pyplot as plt
     with style():
         fig = plt.figure(figsize=(width, height))
@@ -156,11 +156,11 @@ def box(
     width:float, # inches, as all lengths here
     height:float,
     text:str='', # in the middle; at the left if there is also `right`
-    right:str='', # slanted text at the right end
-    title:str='', # bold, under the upper edge
+    right:str='', # italic text at the right end
+    title:str='', # bold, below the upper edge
     color='white', # of the box
 ):# -> the box, for `arrow`
-    "A box with text."
+    "Draw a box with text."
     from matplotlib.patches import FancyBboxPatch
     shape = FancyBboxPatch((x, y), width, height, boxstyle='round,pad=0,rounding_size=.03', facecolor=color,
                            edgecolor='.25', linewidth=.6)
@@ -185,7 +185,7 @@ def picture(
     image, # (H,W,3) in [0,1], drawn as a square
     text:str='', # under it
 ):# -> the box around the picture, for `arrow`
-    "A small picture with rounded corners."
+    "Draw a small picture with rounded corners."
     frame = box(ax, x, y, side, side)
     inside = (x, x + side, y, y + side)
     drawn = ax.imshow(image, extent=inside, aspect='auto', interpolation='nearest', zorder=frame.get_zorder())
@@ -207,7 +207,7 @@ def arrow(
     color='.25',
     line:str='-', # '--' for a dashed one
 ):
-    "An arrow from box to box, of horizontal and vertical legs."
+    "Draw an arrow from box to box, with horizontal and vertical legs."
     from matplotlib.patches import FancyArrowPatch
     from matplotlib.path import Path as Line
     points = _arrow_points(a, b, side, at, corners)
@@ -255,7 +255,7 @@ def box_column(
     rows:list, # of (text, text at the right, color): first the input, then the layers, last the output
     times:int, # how often the layers are repeated
 ):# -> the box around the column
-    "A network as boxes, one under the other."
+    "Draw a network as boxes, one below the other."
     heights = [.31 if '\n' in text else .185 for text, *_ in rows]
     y = top - .13 - .12*len(title.splitlines())
     bottom = y - sum(heights) - .07*len(rows)
@@ -288,7 +288,7 @@ class Sheet:
 
     @property
     def width(self)->float:
-        "What the margins leave."
+        "Return the width between the margins, in inches."
         return A4[0] - 2*MARGIN
 
     def text(self, text:str, size:float=8, gap:float=.06, weight:str='normal', color='black'):
@@ -304,7 +304,7 @@ class Sheet:
 
 # %% ../nbs/09_drawing.ipynb #09b10003
 def sheet()->Sheet:
-    "An empty page."
+    "Make an empty page."
     import matplotlib.pyplot as plt
     with style():
         return Sheet(plt.figure(figsize=A4))
@@ -315,7 +315,7 @@ def add_picture(
     share:float=1., # of the page's width
     gap:float=.08,
 ):
-    "Put a picture into the middle of a page; its pixels are reduced to 300 an inch."
+    "Put a picture into the middle of a page; reduce its pixels to 300 per inch."
     width = share*page.width
     wide = min(image.width, round(300*width))
     image = image.convert('RGB').resize((wide, round(image.height*wide/image.width)), reducing_gap=3)
@@ -328,11 +328,11 @@ def add_picture(
 # %% ../nbs/09_drawing.ipynb #09b10005
 def add_table(
     page:Sheet,
-    cells:list, # rows of strings, the first one the head; a string may have several lines
-    size:float=7, # points, less where the table is wider than the page
+    cells:list, # rows of strings, first the header; a string may have several lines
+    size:float=7, # points; smaller if the table is wider than the page
     gap:float=.06,
 ):
-    "Put a table across a page: the first column at the left, the others at the right of their place."
+    "Put a table across a page: the first column left-aligned, the others right-aligned."
     widths = [max(_text_width(row[k], size) for row in cells) + .12 for k in range(len(cells[0]))]
     scale = min(1, page.width/sum(widths))
     spare = (page.width - scale*sum(widths))/max(1, len(widths) - 1) # between columns
