@@ -20,7 +20,7 @@ from .core import file_lock, is_main_process
 
 # %% ../nbs/01_distributed.ipynb #05b17fcc
 def init_distributed(device:torch.device)->torch.device: # this process's own GPU, where there are GPUs
-    "Connect the processes that torchrun started; a single process stays alone."
+    "Connect the processes that torchrun started; do nothing in a single process."
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or idist.get_world_size() > 1:
         return device
     if device.type == 'cuda':
@@ -31,12 +31,12 @@ def init_distributed(device:torch.device)->torch.device: # this process's own GP
 
 # %% ../nbs/01_distributed.ipynb #a0887194
 def all_reduce_sum(x:Tensor)->Tensor: # the same shape
-    "Sum a tensor over all processes; x itself does not change."
+    "Sum a tensor over all processes; leave x unchanged."
     if idist.get_world_size() == 1:
         return x
     return idist.all_reduce(x.clone())
 
-def all_gather_rows(rows:Tensor)->Tensor: # (n,...), with another n in each process; every process gets all rows
+def all_gather_rows(rows:Tensor)->Tensor: # (n,...), n may differ between processes; every process gets all rows
     "Concatenate the rows of all processes, in the order of the processes."
     if idist.get_world_size() == 1:
         return rows
@@ -46,7 +46,7 @@ def all_gather_rows(rows:Tensor)->Tensor: # (n,...), with another n in each proc
     return torch.cat([padded_rows[:n] for padded_rows, n in zip(gathered, counts)])
 
 def all_gather_object(value)->list: # one value per process
-    "Collect a value from every process: anything that can be pickled."
+    "Collect a value, anything that can be pickled, from every process."
     if idist.get_world_size() == 1:
         return [value]
     return idist.all_gather(value)
@@ -66,9 +66,9 @@ def group_lock(file:Path): # the lock file
 _PR_SET_PDEATHSIG = 1 # <sys/prctl.h>
 
 def signal_at_parents_death(
-    number:int, # signal that this process gets then; 0 for none
+    number:int, # signal that this process then gets; 0 for none
 ):
-    "Ask Linux for a signal when the parent of this process ends; other systems cannot do that."
+    "Ask Linux for a signal when the parent of this process ends; do nothing on other systems."
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -83,15 +83,15 @@ class AllReduceSum(torch.autograd.Function):
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     "Batch norm by the statistics of the images of all processes; its state dict is that of `nn.BatchNorm2d`."
-    counted = True # do this process's images count?
-    biased = False # does the running variance divide by n, as in TensorFlow 1, instead of n - 1?
+    counted = True # whether this process's images count
+    biased = False # whether the running variance divides by n, as in TensorFlow 1, instead of n - 1
 
     def forward(self, x:Tensor)->Tensor: # (B,C,H,W), both
         if not self.training:
             return super().forward(x)
         mine = float(self.counted)
         pixels = mine*x.numel()/x.shape[1]
-        n = all_reduce_sum(torch.full((), pixels, dtype=torch.float64, device=x.device)) # full: no copy from the host
+        n = all_reduce_sum(torch.full((), pixels, dtype=torch.float64, device=x.device)) # full: no copy from the CPU
         mean = AllReduceSum.apply(mine*x.sum((0, 2, 3)))/n
         centered = x - mean[:, None, None]
         var = AllReduceSum.apply(mine*centered.square().sum((0, 2, 3)))/n
