@@ -21,21 +21,21 @@ CONTAINERS = ('collections.defaultdict', 'builtins.dict', 'builtins.list', 'buil
               'builtins.int', 'builtins.float', 'builtins.str', 'builtins.bool')
 
 class UnpickledPlaceholder:
-    "An object that takes the place of a framework's; it ignores its arguments and its state."
+    "Replaces an object of a training framework; ignores its arguments and its state."
     def __init__(self, *args, **kwargs): pass
     def __setstate__(self, state): pass
 
 class _DictPlaceholder:
-    "Takes the place of a framework's dictionary and keeps the items."
+    "Replaces a dictionary of a training framework; keeps the items."
     def __new__(cls, *args, **kwargs): return OrderedDict()
 
-def _placeholder(name): # of a class that a file names, 'omegaconf.dictconfig.DictConfig'
+def _placeholder(name): # of a class in the file, e.g. 'omegaconf.dictconfig.DictConfig'
     return _DictPlaceholder if name.lower().endswith('dict') else UnpickledPlaceholder
 
 # %% ../nbs/11_checkpoints.ipynb #521e6580
 @contextmanager
 def _explain_damage(path):
-    "Turn whatever a reader raises into a ValueError that names the file."
+    "Turn any error of a reader into a ValueError that names the file."
     try:
         yield
     except Exception as e:
@@ -78,7 +78,7 @@ def check_tensors(
     expected:dict, # name -> shape that the network needs
     found:dict, # name -> shape that the file has
     source, # where the tensors come from, for the error
-    network:str, # what they are for, for the error: 'UNet'
+    network:str, # the network's class, for the error, e.g. 'UNet'
 ):
     "Raise ValueError with the names of all tensors that are missing, unknown or of another shape."
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
@@ -95,7 +95,7 @@ def load_strict(
     source, # where it comes from, for the error
     names:dict=None, # our name -> name in the file; None: the file uses ours
 ):
-    "Load weights; raise ValueError with the names of all that do not fit."
+    "Load all weights; raise ValueError with the names of all tensors that do not fit."
     own = net.state_dict()
     if names is None:
         names = {name: name for name in own}
