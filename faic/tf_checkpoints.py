@@ -68,7 +68,7 @@ def _registers(rows, registers): # (n,k) uint8, (n,) uint32 -> the registers aft
         registers = TABLE[(registers ^ column) & 255] ^ registers >> 8
     return registers
 
-def _past_row(): # four tables: what ROW zeros make of each value of each byte of a register
+def _past_row(): # four tables: the register after ROW zeros, for each value of each of its bytes
     zeros, bytes_ = np.zeros((256, ROW), np.uint8), np.arange(256, dtype=np.uint32)
     return [_registers(zeros, bytes_ << np.uint32(8*place)).tolist() for place in range(4)]
 
@@ -78,7 +78,7 @@ PAST_ROW = _past_row()
 def crc32c(
     data:bytes, # or an array of bytes
 )->int:
-    "The CRC-32C checksum."
+    "Compute the CRC-32C checksum."
     message = np.concatenate([np.frombuffer(START, np.uint8), np.frombuffer(data, np.uint8)])
     padding = np.zeros(-len(message) % ROW, np.uint8)
     rows = np.concatenate([padding, message]).reshape(-1, ROW)
@@ -130,7 +130,7 @@ def _position(handle, at=0): # ((position, size) of a block, where the next hand
 def read_sstable(
     file:Path, # an SSTable
 )->dict: # key (bytes) -> value (bytes), in order
-    "Read all of a sorted string table; ValueError if the file is none, or is damaged."
+    "Read a whole sorted string table; ValueError if the file is not one, or is damaged."
     data = Path(file).read_bytes()
     if len(data) < 48 or data[-8:] != MAGIC:
         raise ValueError(f'{file} is not the index of a TensorFlow checkpoint, or the end of it is missing: expected '
@@ -190,7 +190,7 @@ DTYPES = {1: '<f4', 2: '<f8', 3: '<i4', 4: 'u1', 5: '<i2', 6: 'i1', 9: '<i8', 10
 VALUE = '/.ATTRIBUTES/VARIABLE_VALUE'
 
 class TensorPlace(NamedTuple):
-    "What a tensor is, and its position in the data files."
+    "A tensor's type, shape, checksum, and position in the data files."
     dtype:int # key of DTYPES
     shape:tuple
     shard:int # which data file
@@ -207,20 +207,20 @@ def _place(message):
 def variable_name(
     key:str, # in a checkpoint
 )->str:
-    "The name of the variable as TensorFlow shows it: col_tran_core/auto_logits/kernel:0."
+    "Return a variable's name as TensorFlow shows it, e.g. col_tran_core/auto_logits/kernel:0."
     return re.sub(r'\.([S.])', lambda m: '/' if m[1] == 'S' else '.', key.removesuffix(VALUE))
 
 def variable_key(
     name:str, # as TensorFlow shows it
 )->str:
-    "The key of a variable in a checkpoint."
+    "Return the key of a variable in a checkpoint."
     return name.replace('.', '..').replace('/', '.S') + VALUE
 
 # %% ../nbs/12_tf_checkpoints.ipynb #e79b8796
 def checkpoint_prefix(
     path:Path, # the folder of a checkpoint, its file `checkpoint`, model-N.index, or model-N
 )->Path: # .../model-N
-    "The newest checkpoint of a folder; FileNotFoundError or ValueError names what is there instead."
+    "Find the newest checkpoint of a folder; FileNotFoundError or ValueError says what is there instead."
     path = Path(path)
     if path.name == 'checkpoint':
         path = path.parent
@@ -251,7 +251,7 @@ def _newest_prefix(folder):
 def tensor_places(
     path:Path, # see checkpoint_prefix
 )->tuple: # (dict key -> TensorPlace, data files)
-    "Read the index of a checkpoint; ValueError if it is damaged or no index."
+    "Read the index of a checkpoint; ValueError if it is damaged or not an index."
     prefix = checkpoint_prefix(path)
     index = prefix.with_name(prefix.name + '.index')
     table = read_sstable(index)
@@ -336,7 +336,7 @@ def select_ema_variables(
     keys, # of a checkpoint
     ema:bool=True, # take the average of a variable that has one
 )->tuple: # (dict official name -> key of its numbers, Counter of all keys by what they are)
-    "Select the tensors of a checkpoint that make the network."
+    "Select the tensors of a checkpoint that belong to the network."
     variables, averages, kinds = {}, {}, Counter()
     for key in keys:
         name = variable_name(key)
