@@ -51,7 +51,7 @@ SIZE_FIELDS = {b'\x89PNG': (16, 20, 24), b'BM': (18, 22, 26), b'GIF8': (6, 8, 10
 _PHOTOGRAPHS = ('PNG', 'JPEG', 'TIFF', 'GIF', 'WEBP', 'JPEG2000', 'AVIF', 'HEIF', 'JXL') # with certain signatures
 
 def _why_unidentified(file): # file: open, binary
-    "Say why Pillow does not open a file."
+    "Explain why Pillow does not open a file."
     file.seek(0)
     head = file.read(32)
     if _has_zero_pixels(head) or _missing_decoder(head):
@@ -68,7 +68,7 @@ def _has_zero_pixels(head): # does the header of a PNG, BMP or GIF file say so?
             return not any(head[width:height]) or not any(head[height:end])
     return False
 
-_INTERNAL = re.compile(r'^\W*\d*\W*$|unpack|driver|b[\'"]') # what means nothing to a user
+_INTERNAL = re.compile(r'^\W*\d*\W*$|unpack|driver|b[\'"]') # messages that mean nothing to a user
 
 def _complaint(factory, file): # what a decoder says about a file that it does not open
     file.seek(0)
@@ -101,7 +101,7 @@ def _describe_samples(file): # of a TIFF file that Pillow does not open
             f'photometric interpretation {directory.get(_PHOTOMETRIC)}')
 
 def _rejection_reason(error): # error: raised by Pillow or by the system
-    "Say why a file is skipped."
+    "Explain why a file is skipped."
     if isinstance(error, Image.DecompressionBombError):
         return 'too large'
     if 'truncated' in str(error).lower() or 'but only got' in str(error):
@@ -119,8 +119,8 @@ _MAX_PROFILE = 2**25 # bytes
 
 def _png_pixels(
     data:bytes, # a PNG file
-)->tuple: # a PNG file without what is wrong in its metadata; its ICC profile or None
-    "Copy the chunks of a PNG file that its pixels need, and the well-formed ones that say what they mean."
+)->tuple: # a PNG file without the damaged metadata; its ICC profile or None
+    "Copy the chunks that hold a PNG file's pixels, and the well-formed ones that describe their colors."
     lengths = _PNG_COLORS | {b'tRNS': _PNG_TRANSPARENT.get(data[25] if len(data) > 25 else None, ())}
     kept, profile, at = [data[:8]], None, 8
     while at + 8 <= len(data):
@@ -150,7 +150,7 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
 
-def _exif(image): # what can be read of it; a broken EXIF is an empty one
+def _exif(image): # all that can be read of it; empty if it is damaged
     with suppress(Exception):
         return image.getexif()
     return Image.Exif()
@@ -179,7 +179,7 @@ def _scale_transparent_color(image): # opened, not yet decoded
 def alpha_of(
     image:Image.Image, # opened by `open_image`
 )->Image.Image: # upright, mode L, 255 is opaque; None without an alpha channel
-    "Return the alpha channel of an image, or what its transparent color or palette means."
+    "Return the alpha channel of an image, also one that a transparent color or a palette implies."
     if not image.has_transparency_data:
         return None
     orientation = _orientation(image)
@@ -199,7 +199,7 @@ _DISK_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE) # the disk'
 def open_image(
     path:Path, # any file
 ): # yields a decoded image; UnsupportedImage with the reason where that is impossible
-    "Open and decode an image file; only the disk's errors and a lack of memory are raised as they are."
+    "Open and decode an image file; of other errors, raise only those of the disk and a lack of memory."
     if not os.path.isfile(path):
         raise UnsupportedImage('not a file')
     with ExitStack() as opened:
@@ -250,7 +250,7 @@ def _load(file):
     return image
 
 def _read_deep_planes(image): # a TIFF file, opened
-    "Correct what Pillow reads as 8 bits: colors of 16 bits that are stored plane by plane, without compression."
+    "Read uncompressed 16-bit colors that are stored plane by plane as 16 bits; Pillow would read them as 8."
     if _tiff_tag(image, _PLANES, 1) == 2 and _tiff_tag(image, _BITS, 8) == 16 and image.tile[0].codec_name == 'raw':
         if image.mode not in ('RGB', 'RGBA'):
             raise UnsupportedImage(f'no decoder for planes of 16-bit {image.mode}')
@@ -263,13 +263,13 @@ for _order, _rawmode in ((b'II', 'I;16'), (b'MM', 'I;16B')):
         TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero_is_black, (1,), 1, (16,), ()), (_rawmode, _rawmode))
         TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero_is_black, (1,), 1, (12,), ()), ('I;16', 'I;12'))
 
-def _is_deep(image): # are its samples numbers that need a range?
+def _is_deep(image): # whether its samples are numbers that need a range
     return image.mode.startswith('I') or image.mode == 'F' or _tiff_tag(image, _SAMPLE_FORMAT, 1) == 2
 
 def _sample_range(
     image:Image.Image, # with deep samples
 )->tuple: # value of black, value of white, bits
-    "Say which samples are black and white; UnsupportedImage where the file does not."
+    "Find the values of black and white; UnsupportedImage if the file does not state them."
     kind, bits = _tiff_tag(image, _SAMPLE_FORMAT, 1), _tiff_tag(image, _BITS, 16)
     black, white = 0, 2**bits - 1
     if image.mode == 'F' or kind != 1:
@@ -319,9 +319,9 @@ def _is_animated(image):
 
 def _to_device(
     image:Image.Image, # decoded
-    notes:list, # gets what was converted
+    notes:list, # what was converted is appended here
 )->Image.Image: # upright, mode L, RGB or CMYK; never `image` itself, except for CMYK
-    "Bring an image of any mode to 8-bit pixels that a profile can describe."
+    "Convert an image of any mode to 8-bit pixels that a profile can describe."
     orientation = _orientation(image)
     pixels = _upright(image, orientation)
     if orientation != 1 or image.info.get('turned', 1) != 1:
@@ -344,7 +344,7 @@ def _to_device(
 def _apply_profile(
     pixels:Image.Image, # mode L, RGB or CMYK; RGB is changed in place
     info:dict, # of the image
-    notes:list, # gets what was done
+    notes:list, # what was done is appended here
 )->Image.Image: # sRGB, or gray with sRGB's curve, or CMYK without a profile
     "Convert pixels from the color space that the file states to sRGB."
     for profile, source in ((info.get('icc_profile'), 'ICC profile'), (png_profile(info), 'gAMA and cHRM')):
@@ -386,7 +386,7 @@ def to_rgb(
 def result_metadata(
     image:Image.Image, # opened by `open_image`
 )->dict: # arguments of `Image.save` for an upright sRGB picture that was made from it: icc_profile, exif, dpi
-    "Say what a result must carry: an sRGB profile, the source's EXIF without its orientation, and its resolution."
+    "Collect a result's metadata: an sRGB profile, the source's EXIF without its orientation, and its resolution."
     metadata = dict(icc_profile=srgb_profile(), exif=_descriptive_exif(_exif(image)))
     dpi = _resolution(image)
     return metadata | (dict(dpi=dpi) if dpi else {})
@@ -425,7 +425,7 @@ _RESOLUTION = (ExifTags.Base.XResolution, ExifTags.Base.YResolution)
 def _resolution(image): # (horizontal, vertical) of the upright image in pixels per inch, or None
     exif = _exif(image)
     per_inch = {2: 1, 3: 2.54}.get(exif.get(ExifTags.Base.ResolutionUnit), math.nan)
-    with suppress(Exception): # whatever stands in the file
+    with suppress(Exception): # the file may state anything
         stated = image.info.get('dpi') or [float(exif[tag])*per_inch for tag in _RESOLUTION]
         x, y = (round(float(value), 3) for value in stated)
         if 1 <= min(x, y) and max(x, y) <= 100_000:
@@ -444,7 +444,7 @@ class Picture:
 def read_image(
     path:Path, # any file
 )->Picture:
-    "Read a file; UnsupportedImage with the reason where it is no image, or one without obvious colors."
+    "Read a file; UnsupportedImage gives the reason if it is not an image, or has no obvious colors."
     with open_image(path) as image:
         rgb, alpha, note = _convert(image)
         return Picture(rgb, note, image.size, alpha, result_metadata(image))
