@@ -29,11 +29,11 @@ def _gigabytes(n): return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.1f} MB'
 
 @contextmanager
 def _require_space(
-    folder:Path, # that is written to
+    folder:Path, # to write to
     needed:int, # bytes, at most
     what:str, # e.g. 'preparing photos'
-): # OSError where the disk has no room, before or during the work
-    "Check the free space of a disk, and explain the error of a disk that fills up."
+): # OSError if the disk is too full, before or during the work
+    "Check the free space of a disk, and explain the error if the disk fills up."
     free = shutil.disk_usage(folder).free
     print(f'{what}: up to {_gigabytes(needed)} in {folder.name}; the disk has {_gigabytes(free)} free')
     advice = 'make room there and start the same command again, or name another place for runs with FAIC_RUNS'
@@ -69,7 +69,7 @@ def first_bad_row(
     sums:list, # SHA-256 of each row, bytes
     row_bytes:int,
     count:int, # rows to check, from row 0
-)->int: # count where all of them are right
+)->int: # count if all of them are right
     "Find the first row whose checksum is wrong."
     bad = corrupt_rows(path, sums, row_bytes, range(count)) if count else []
     return bad[0] if bad else count
@@ -81,9 +81,9 @@ def _damage_marker(path): return path.with_name(path.name + '.damaged') # exists
 
 def _corruption(
     path:Path, # file of an array
-    count:int, # rows it should have
+    count:int, # rows that it should have
     row_bytes:int,
-    sums:list, # SHA-256 of its rows, or of its first ones only
+    sums:list, # SHA-256 of its rows, or of the first ones only
 )->str: # what is wrong with the file, or ''
     "Check the size of an array's file, and some of its rows."
     if _damage_marker(path).exists():
@@ -106,7 +106,7 @@ def _finished_rows(root, stats, folder, side): # of the manifest, that a killed 
     return valid_rows({r['file']: r for r in rows}, stats, lambda file: _read_row(root, file, stats[file], side)[1])
 
 # %% ../nbs/06_dataset.ipynb #ebcdc5b2
-def _cut_to(rows, folder, row_bytes): # the rows that are kept: none where pixels are lost or moved
+def _cut_to(rows, folder, row_bytes): # the rows that are kept: none if pixels are lost or were moved
     log, pixels = folder/'manifest.jsonl', folder/'pixels.u8'
     size = row_bytes*sum(r['status'] == 'used' for r in rows)
     if not pixels.exists() or pixels.stat().st_size < size or _damage_marker(pixels).exists():
@@ -182,13 +182,13 @@ def _prepared_files(root, side, name): # of all preparations of folders of this 
 # %% ../nbs/06_dataset.ipynb #da16795c
 @contextmanager
 def _marked_damaged(path):
-    "Mark an array as damaged during a repair; the marker stays where the repair fails."
+    "Mark an array as damaged during a repair; the marker stays if the repair fails."
     _damage_marker(path).touch()
     yield
     _damage_marker(path).unlink()
 
-def _verify_or_repair(folder, used, root, side): # root: folder of the photographs, or None where it is unknown
-    "Check pixels.u8, and repair it where something is wrong; ValueError where that is impossible."
+def _verify_or_repair(folder, used, root, side): # root: folder of the photographs, or None if it is unknown
+    "Check pixels.u8, and repair it if something is wrong; ValueError if that is impossible."
     path = folder/'pixels.u8'
     sums = [bytes.fromhex(h) for h in used['sha256']]
     fault = _corruption(path, len(sums), 3*side**2, sums)
@@ -323,9 +323,9 @@ def _from_prepared(folder, side, paper_split): # folder of the photographs or No
 
 # %% ../nbs/06_dataset.ipynb #eb58fd05
 def load_photos(
-    data:str='embedded', # 'embedded', a folder of images, or a folder in runs/ that one was prepared in
+    data:str='embedded', # 'embedded', a folder of images, or a folder in runs/ with prepared ones
     side:int=64, # px; photographs are resized to side x side, the aspect ratio is not kept
-    paper_split:bool=False, # 90 000 / 5000 / 5000 as in the paper; else 90 / 5 / 5 percent
+    paper_split:bool=False, # 90,000 / 5,000 / 5,000 as in the paper; else 90 / 5 / 5 percent
     gray_photographs:str='leave out', # of validation and test; 'keep' as in the paper
 )->Photos: # ValueError for a missing, too small or changed folder; OSError for a full or read-only disk
     "Load the photographs of a study; the first call prepares a folder, later ones map the array into memory."
@@ -400,8 +400,8 @@ def cached_array(
     dtype, # of its values
     make, # function of k: yields arrays of consecutive rows, from row k to the last
     what:str, # the work, for messages: 'enlarging photos to 286'
-)->np.ndarray: # memory-mapped, read-only; OSError where the disk is full or read-only
-    "Make an array once and keep it in a file; make a damaged one again, and print that."
+)->np.ndarray: # memory-mapped, read-only; OSError if the disk is full or read-only
+    "Make an array once and keep it in a file; if it is damaged, make it again and print that."
     path, count, row_bytes = Path(path), shape[0], math.prod(shape[1:])*np.dtype(dtype).itemsize
     with idist.one_rank_first(): # of the processes that share a run
         fault = _corruption(path, count, row_bytes, _read_checksums(path)) if path.exists() else ''
