@@ -29,7 +29,7 @@ class RMSpropTF1(torch.optim.Optimizer):
     def __init__(self,
         parameters, # of one network
         lr:float,
-        alpha:float=.9, # what a mean square keeps of itself
+        alpha:float=.9, # decay of the mean squares
         eps:float=1e-10,
     ):
         super().__init__(parameters, dict(lr=lr, alpha=alpha, eps=eps))
@@ -60,7 +60,7 @@ class AdamTF1(torch.optim.Adam):
         super().step()
 
 # %% ../nbs/30_train.ipynb #ac2e230f
-OPTIMIZER_TENSORS = dict(adam=2, adam_tf1=2, rmsprop=1, rmsprop_tf1=1) # tensors of the optimizer for each weight
+OPTIMIZER_TENSORS = dict(adam=2, adam_tf1=2, rmsprop=1, rmsprop_tf1=1) # tensors that the optimizer keeps per weight
 
 def make_optimizer(
     parameters, # of one network
@@ -85,12 +85,12 @@ def network_rate(
     options:dict, # 'lr', and where networks differ 'lr_factors': network -> factor
     network:str, # its name
 )->float:
-    "The full learning rate of one network."
+    "Return the learning rate of one network, before the schedule's factor."
     return options['lr']*options.get('lr_factors', {}).get(network, 1)
 
 def clip_weights(
     parameters:list, # of one network
-    limit:float, # the largest magnitude that stays
+    limit:float, # the largest magnitude
 ):
     "Clip every weight, those of norms and biases too (Arjovsky et al. 2017)."
     with torch.no_grad():
@@ -134,12 +134,12 @@ def make_plateau(
 @torch.no_grad()
 def average_in(
     average:AveragedModel, # of a network
-    net:torch.nn.Module, # the network, whose weights are taken in
-    decay:float, # what the average keeps of itself, 0 to 1
+    net:torch.nn.Module, # the network
+    decay:float, # weight of the old average, 0 to 1
 ):
-    "Take a network's weights into an average. The first time copies them; buffers are always copied."
+    "Update an average with a network's weights. The first update copies them; buffers are always copied."
     ours, theirs = list(average.module.parameters()), list(net.parameters())
-    if average.n_averaged: # the count is on the CPU: nobody waits
+    if average.n_averaged: # the count is on the CPU: reading it does not wait for the GPU
         torch._foreach_lerp_(ours, theirs, 1 - decay)
     else:
         torch._foreach_copy_(ours, theirs)
@@ -156,13 +156,13 @@ class BudgetCounter:
         epoch_length:int, # steps
     ):
         self.budget, self.epoch_length = budget, epoch_length
-        self.step = 0 # batches that this run has taken in
+        self.step = 0 # batches that this run was trained on
         self.step_offset = 0 # batches of the run that this one continues
         self.seconds = 0. # of training
 
     @property
     def used(self)->float:
-        "How much of the budget is used, in the budget's unit."
+        "Return how much of the budget is used, in the budget's unit."
         if self.budget.unit == 'steps':
             return self.step
         if self.budget.unit == 'epochs':
@@ -171,7 +171,7 @@ class BudgetCounter:
 
     @property
     def fraction(self)->float:
-        "Share of the budget that is used, 0 to 1 (or a little over)."
+        "Return the share of the budget that is used, 0 to 1 (or a little over)."
         return self.used/self.budget.amount
 
 # %% ../nbs/30_train.ipynb #5330552c
@@ -184,7 +184,7 @@ class TrainingState(BudgetCounter):
         options:dict, # batch_size, optimizer, lr, ..., schedule, seed; also lr_factors, clip_weights, accumulate, ema,
                       # precision, channels_last
         device=torch.device('cpu'),
-        micro_batches:int=1, # pieces that each batch goes through in
+        micro_batches:int=1, # pieces that each batch is divided into
     ):
         super().__init__(budget, math.ceil(len(indices)/options['batch_size']))
         self.trainee, self.indices, self.options = trainee, indices, options
@@ -224,7 +224,7 @@ def learning_rate_factor(state:TrainingState)->float: # 0 to 1
 
 # %% ../nbs/30_train.ipynb #028583ce
 def update_averages(state:TrainingState):
-    "Take the present weights into the averages. Before the averages begin, copy the weights."
+    "Update the averages with the present weights. Before the averages begin, copy the weights."
     ema = state.options.get('ema')
     if not ema:
         return
@@ -238,10 +238,10 @@ def update_averages(state:TrainingState):
 # %% ../nbs/30_train.ipynb #afe1ef1a
 def step_generator(
     state:TrainingState,
-    rows:slice, # of the batch: the images that take their numbers
+    rows:slice, # of the batch: the images that get random numbers
     images:int, # of the whole batch
 )->BatchGenerator:
-    "Make the random numbers of the present step for some of its images."
+    "Make the generator of the present step for some of its images."
     seeds = state.options['seed'], 'training', state.step_offset + state.step
     return BatchGenerator(make_generator(*seeds, device=state.device), rows, images)
 
@@ -304,12 +304,12 @@ def take_rows(
 
 # %% ../nbs/30_train.ipynb #5c171cf3
 def out_of_memory(error:Exception)->bool:
-    "Say whether there was not enough memory, on a GPU or a CPU."
+    "Return whether the error means that the memory of a GPU or CPU is full."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 # %% ../nbs/30_train.ipynb #e8f722d7
 def accumulated(state:TrainingState)->int:
-    "Count the batches that the gradients hold before the present one."
+    "Count the batches whose gradients were summed before the present one."
     return state.step % state.options.get('accumulate', 1)
 
 def update(
@@ -318,7 +318,7 @@ def update(
     loss, # scalar tensor, of this process's share
     factor:float, # of the learning rate, 0 to 1
 ):
-    "Step a network's optimizer by the gradients of all processes."
+    "Step a network's optimizer with the gradients of all processes."
     optimizer, plateau = state.optimizers[network], state.plateaus.get(network)
     all_reduce_gradients(state.parameters[network])
     settle(state, network)
@@ -334,13 +334,13 @@ def update(
 
 # %% ../nbs/30_train.ipynb #00f1c02f
 def settle(state:TrainingState, network:str):
-    "Show a network's plateau the loss that it has not seen; the next step of the optimizer needs its rate."
+    "Pass a pending loss to a network's plateau, which sets the learning rate of the optimizer's next step."
     if network in state.unsettled:
         read = state.unsettled.pop(network)
         state.plateaus[network].step(read())
 
-def read_later(number:torch.Tensor): # function of nothing: the number
-    "Send a number to the host, to be read later without waiting for what the GPU does afterwards."
+def read_later(number:torch.Tensor): # function without arguments that returns the number
+    "Start to copy a number to the host; reading it later waits for the copy, not for the GPU's later work."
     copy, arrived = number.detach().to('cpu', non_blocking=True), None
     if number.device.type == 'cuda':
         arrived = torch.cuda.Event()
@@ -373,7 +373,7 @@ def backward_losses(
     micro_batch:MicroBatch,
 ): # yields (network name, loss, new terms: name -> scalar), detached and weighted by the share
     "Add the gradients of a micro-batch to one network after the other."
-    seen = set() # another micro-batch may change the trainee's terms before this one goes on
+    seen = set() # another micro-batch may change the trainee's terms before this one continues
     for network, loss in autocast_losses(state, micro_batch):
         loss = loss*micro_batch.share
         loss.backward(inputs=state.parameters[network])
@@ -387,7 +387,7 @@ def train_step(
     state:TrainingState,
     batch, # this process's images: a Batch, or a dict of tensors
 )->dict: # network or term -> scalar tensor, of this process's share
-    "Take in one batch; step the optimizers where a sum of batches is complete, and update averages that are due."
+    "Train on one batch: step the optimizers where a sum of batches is complete, and update averages that are due."
     micro_batches, factor = split_batch(state, batch), learning_rate_factor(state)
     before, every = accumulated(state), state.options.get('accumulate', 1)
     for norm in state.norms:
@@ -410,11 +410,11 @@ def train_step(
 
 # %% ../nbs/30_train.ipynb #84183b84
 class CollapseDetector:
-    "Notice that the running mean of a loss stays near zero."
+    "Detect that the running mean of a loss stays near zero."
     def __init__(self,
         threshold=.01, # a mean below it is near zero
         share=.05, # of the budget that it must last
-        alpha=.98, # what the running mean keeps of itself
+        alpha=.98, # weight of the old running mean
     ):
         self.threshold, self.share, self.alpha = threshold, share, alpha
         self.state = dict(mean=None, since=None, since_step=None, said=False) # goes into checkpoints
@@ -424,7 +424,7 @@ class CollapseDetector:
         fraction:float, # of the budget at this step
         step:int,
     )->bool: # True once: when the mean has been near zero for `share` of the budget
-        "Take in one step's loss."
+        "Update the running mean with the loss of one step, and return whether to raise the alarm."
         state = self.state
         state['mean'] = loss if state['mean'] is None else self.alpha*state['mean'] + (1 - self.alpha)*loss
         if state['mean'] >= self.threshold:
