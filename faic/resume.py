@@ -36,7 +36,7 @@ CHECK_EVERY = 25 # steps between two checks of the losses
 _LOCKS = {} # lock file of a run -> its FileLock, held until this process ends
 
 def lock_run(folder:Path): # of a run; TrainingStopped where another process writes it, or where nobody can
-    "Let no other process write this run."
+    "Lock a run, so that no other process writes it."
     path = folder.resolve()/'lock'
     if path in _LOCKS:
         return
@@ -57,13 +57,13 @@ def lock_run(folder:Path): # of a run; TrainingStopped where another process wri
     _LOCKS[path] = lock
 
 # %% ../nbs/31_resume.ipynb #0c83660a
-def _jupyter_kernel(): # that this process is, or None
+def _jupyter_kernel(): # the kernel that this process runs, or None
     module = sys.modules.get('ipykernel.kernelapp')
     if module and module.IPKernelApp.initialized():
         return module.IPKernelApp.instance()
 
 def _notice_parents_death(number:int): # the signal for it; 0 for none
-    "Let a Jupyter kernel hear that its parent died; other processes have no such parent."
+    "Ask for a signal to this Jupyter kernel when its parent dies; other processes have no such parent."
     if _jupyter_kernel():
         signal_at_parents_death(number)
 
@@ -76,7 +76,7 @@ def _outlive_parent():
 # %% ../nbs/31_resume.ipynb #0c83660b
 @contextmanager
 def defer_signals(): # a list, empty until a signal comes
-    "Note SIGINT and SIGTERM instead of obeying them, so that a step can be finished and saved."
+    "Record SIGINT and SIGTERM instead of acting on them, so that a step can be finished and saved."
     signals, before = [], {}
     def note(number, frame):
         if number == signal.SIGINT and number in signals:
@@ -156,7 +156,7 @@ def read_checkpoint(path:Path)->dict: # DamagedCheckpoint where the checksum is 
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def newest_state(trainer)->tuple: # state, its file
-    "Read the last checkpoint, or the one before where the last is damaged or missing, and print that."
+    "Read the last checkpoint; where it is damaged or missing, say so and read the one before."
     last, previous = trainer.checkpoint, trainer.previous
     if last.exists():
         try:
@@ -196,7 +196,7 @@ def write_error(trainer, error:BaseException):
 
 @contextmanager
 def record_errors(trainer):
-    "Keep an error of the `with` block in error.json; remove that file where the block succeeds."
+    "Write an error of the `with` block to error.json; remove that file where the block succeeds."
     try:
         yield
     except BaseException as error:
@@ -215,8 +215,8 @@ def _restore(trainer, state, path): # everything that was learned, but not how m
             _check_shapes(name, optimizer)
         trainer.averaging = state['averaging']
     except (KeyError, RuntimeError, ValueError) as e:
-        raise TrainingStopped(f'{path} is of other networks than {trainer.run.path.name}, or of another version of '
-                              f'the code: {e}; move {path.parent} away to train it again') from e
+        raise TrainingStopped(f'{path} holds the state of other networks than {trainer.run.path.name}, or of another '
+                              f'version of the code: {e}; move {path.parent} away to train it again') from e
 
 def _check_shapes(name, optimizer): # torch does not compare them
     for p, kept in optimizer.state.items():
@@ -227,7 +227,7 @@ def _check_shapes(name, optimizer): # torch does not compare them
 
 # %% ../nbs/31_resume.ipynb #b35384a0
 def load_checkpoint(trainer):
-    "Return to the state in last.pt."
+    "Restore the state in last.pt, or in previous.pt where last.pt is damaged or missing."
     t = trainer
     with idist.one_rank_first():
         state, file = newest_state(t)
@@ -244,7 +244,7 @@ def load_checkpoint(trainer):
 
 # %% ../nbs/31_resume.ipynb #b35384a1
 def remove_later(trainer):
-    "Remove what was written after the checkpoint: lines of the log, except that it was resumed, and partial files."
+    "Remove what was written after the checkpoint: partial files, and lines of the log that do not note a resumption."
     log = trainer.run.path/'log.jsonl'
     kept = [e for e in trainer.run.events() if e.get('step', 0) <= trainer.step or e.get('event') == 'resumed']
     lines = ''.join(json.dumps(e) + '\n' for e in kept)
@@ -255,7 +255,7 @@ def remove_later(trainer):
 
 # %% ../nbs/31_resume.ipynb #935719a4
 def continue_from(trainer, path:Path): # path: last.pt of the run that it continues
-    "Start with the weights, optimizers and averages of another run's end, and draw random numbers after its own."
+    "Start with another run's last weights, optimizers and averages, and draw random numbers after its own."
     path = Path(path)
     if not path.exists():
         raise TrainingStopped(f'{trainer.run.path.name} continues another run, whose {path} is missing; restore it, '
@@ -279,12 +279,12 @@ def require_space(trainer, days:int): # days whose weights are still to be writt
                               'or name another place for runs with FAIC_RUNS')
 
 def free_space(trainer)->str:
-    "Say how much space the disk of a run has."
+    "Describe the free space on the disk of a run."
     return f'{shutil.disk_usage(trainer.run.path).free/1e6:,.1f} MB are free'
 
 # %% ../nbs/31_resume.ipynb #022c1981
 def try_to_save(trainer)->bool: # was it saved?
-    "Save a checkpoint; where the disk does not take it, print that and keep the older ones."
+    "Save a checkpoint; where it cannot be written, print why and keep the older ones."
     trainer.saved_at = trainer.seconds
     if not is_main_process():
         return True
@@ -375,7 +375,7 @@ def _start(trainer, done, continues):
 
 # %% ../nbs/31_resume.ipynb #09d049a0
 def choose_threads(trainer, new:bool): # new: the run starts, it does not resume
-    "Leave busy cores alone in a new run; a resumed run keeps its threads, which decide the last bits of its sums."
+    "Use only idle cores in a new run; a resumed run keeps its threads, which decide the last bits of its sums."
     t, cores = trainer, len(usable_cores())
     if t.device.type != 'cpu' or idist.get_world_size() > 1:
         return
@@ -388,7 +388,7 @@ def choose_threads(trainer, new:bool): # new: the run starts, it does not resume
 
 # %% ../nbs/31_resume.ipynb #867b2b32
 def stop(trainer, signals:list): # that were deferred; raises KeyboardInterrupt, or ends the process for SIGTERM
-    "Save after a signal, then do what it asks for."
+    "Save after a signal, then stop as the signal asks."
     number = signal.SIGTERM if signal.SIGTERM in signals else signal.SIGINT
     check_losses(trainer)
     if try_to_save(trainer):
@@ -426,7 +426,7 @@ def load_weights(
 def work_done(
     path:Path, # day-<d>.safetensors
 )->dict: # step, training_seconds
-    "Read how much training a day's weights have behind them."
+    "Read after how many steps and seconds a day's weights were written."
     with safe_open(path, 'pt') as f:
         found = f.metadata()
     return dict(step=int(found['step']), training_seconds=float(found['seconds']))
