@@ -26,22 +26,22 @@ from .train import CollapseDetector, TrainingState, out_of_memory, train_step
 
 # %% ../nbs/32_trainer.ipynb #58b8a65f
 class Trainer(TrainingState):
-    "Train one trainee in one run folder. Made again with the same arguments and resumed, it goes on where it was."
+    "Train one trainee in one run folder. A new trainer with the same arguments resumes where this one stopped."
     def __init__(self,
         trainee, # networks(), losses(batch, generator)
         run:Run, # its folder gets log.jsonl, last.pt and day-<d>.safetensors
         array, # (N,S,S,3) uint8 photographs at load size
-        indices, # (N,) which photograph each row is
+        indices, # (N,) the photograph's index of each row
         budget:Budget, # of the whole run
         options:dict, # batch_size, optimizer, lr, ..., crop, flip, seed; see also TrainingState
-        days:int=1, # networks of equal budget
+        days:int=1, # equal parts of the budget; each ends with a file of weights
         device=torch.device('cpu'),
         save_minutes:float=5, # between checkpoints, besides the one at the end of a day; inf: no checkpoints at all
-        check_every:int=CHECK_EVERY, # steps between two looks at the losses
+        check_every:int=CHECK_EVERY, # steps between two checks of the losses
         continues:Path=None, # last.pt of a finished run of the same networks; unused once this run has a checkpoint
         prepared=None, # (N,1 or 2,...), what the trainee derived from the photographs; see latent_batches
         workers:int=1, # threads that cut the next batches; they change nothing but the speed of a cold disk
-        micro_batches:int=1, # pieces that each batch goes through in: less memory, the same step
+        micro_batches:int=1, # pieces that each batch is divided into: less memory, the same step
         tensorboard:bool=False, # write losses and samples for TensorBoard, too
         preview=None, # function of the trainer: (n,H,W,3) uint8 samples for TensorBoard
     ):
@@ -50,30 +50,30 @@ class Trainer(TrainingState):
         self.days, self.save_minutes, self.check_every = days, save_minutes, check_every
         self.workers, self.tensorboard, self.preview = workers, tensorboard, preview
         self.collapse = CollapseDetector()
-        self.pending = [] # (step, fraction, losses) of the steps since the last look at the losses
+        self.pending = [] # (step, fraction, losses) of the steps since the last check
         self.saved_at, self.logged_at = 0., -1. # seconds at the last checkpoint, fraction at the last log line
         self.previews_shown = 0
         self.control = None # process group in which several processes agree after each step
         self.resumed = False
 
     def resume(self)->'Trainer': # itself
-        "Lock the run's folder and go to its last checkpoint; a run without one begins. `TrainingStopped` says why not."
+        "Lock the run and load its last checkpoint, or start from step 0; `TrainingStopped` where that is impossible."
         begin(self, self.continues)
         self.resumed = True
         return self
 
     @property
     def checkpoint(self)->Path:
-        "The last checkpoint."
+        "Return the path of the last checkpoint."
         return self.run.path/'last.pt'
 
     @property
     def previous(self)->Path:
-        "The checkpoint before the last."
+        "Return the path of the checkpoint before the last."
         return self.run.path/'previous.pt'
 
     def day_weights(self, day:int)->Path:
-        "The file with the weights at the end of a day."
+        "Return the path of the weights at the end of a day."
         return self.run.path/f'day-{day}.safetensors'
 
 # %% ../nbs/32_trainer.ipynb #2db787bd
@@ -81,7 +81,7 @@ class ReadingFailed(TrainingStopped):
     "The next batch could not be read."
 
 def wrap_read_errors(batches): # yields the same batches
-    "Tell errors of reading from errors of training."
+    "Raise `ReadingFailed` for an error of reading, to tell it from an error of training."
     try:
         yield from batches
     except Exception as e:
@@ -89,7 +89,7 @@ def wrap_read_errors(batches): # yields the same batches
                             'there? The same command continues from here') from e
 
 def oom_message(trainer, error:Exception)->str:
-    "Say what to do when memory runs out."
+    "Write the message that says what to do when memory runs out."
     size, twice = trainer.options['batch_size'], 2*trainer.micro_batches
     if trainer.micro_batches < size:
         advice = (f'Start again with -p micro_batches {twice}: each batch of {size} then goes through in {twice} '
@@ -156,19 +156,19 @@ def day_engine(trainer:Trainer)->Engine:
 
 # %% ../nbs/32_trainer.ipynb #993d8cd9
 class Clock:
-    "Count seconds of training on from those that were used before."
+    "Count the seconds of training, beginning with those that were used before."
     def __init__(self,
         before:float, # seconds
     ):
         self.began = time.monotonic() - before
 
     def seconds(self)->float:
-        "The seconds of training so far."
+        "Return the seconds of training so far."
         return time.monotonic() - self.began
 
     @contextmanager
     def paused(self):
-        "Do not count what happens inside."
+        "Pause the clock during the `with` block."
         at = time.monotonic()
         yield
         self.began += time.monotonic() - at
@@ -179,7 +179,7 @@ def sync_clock(
     seconds:float, # by this process's clock
     signals:list, # that reached this process; becomes those that reached any
 ):
-    "Take the main process's clock and the signals of all processes."
+    "Give every process the main process's clock and the signals that reached any process."
     trainer.seconds = seconds
     if idist.get_world_size() == 1:
         return
@@ -197,7 +197,7 @@ def train_until(
     trainer:Trainer,
     day:int, # to its end
 ):
-    "Make steps, check and save now and then; after a signal save and stop."
+    "Train to the end of a day, with regular checks and checkpoints; after a signal, save and stop."
     t, end = trainer, day/trainer.days
     engine, batches, clock = day_engine(t), day_batches(t), Clock(t.seconds)
 
@@ -244,18 +244,18 @@ class DayBar(ProgressBar):
         super().__init__(total=round(self.end - self.start), desc=f'{name}, day {day}', unit=unit, leave=False)
 
     def used(self)->float:
-        "Steps or seconds of the whole run so far."
+        "Return the steps or seconds of the whole run so far."
         return self.trainer.seconds if self.in_seconds else self.trainer.step
 
     def advance(self):
-        "Move to where the trainer is."
+        "Move the bar to the trainer's position."
         self.update(min(self.used(), self.end) - self.start - self.n)
 
 # %% ../nbs/32_trainer.ipynb #0d3adb64
 PREVIEWS_PER_DAY = 10
 
 def make_tensorboard_logger(trainer:Trainer): # ignite's TensorboardLogger
-    "Open the run's TensorBoard files; steps that are made again replace the old ones."
+    "Open the run's TensorBoard files; steps that are trained again replace the old ones."
     try:
         from ignite.handlers.tensorboard_logger import TensorboardLogger
         return TensorboardLogger(log_dir=trainer.run.path/'tensorboard', purge_step=trainer.step)
