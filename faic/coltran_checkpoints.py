@@ -65,7 +65,7 @@ class Mapping:
     make:Callable = None # function of the official tensors, in this order; None: there is one, taken as it is
 
     def tensor(self, official:dict)->Tensor: # from renumbered official name -> tensor
-        "Our tensor."
+        "Make our tensor from the official ones."
         sources = [official[name] for name in self.shapes]
         return self.make(*sources) if self.make else sources[0]
 
@@ -194,7 +194,7 @@ def _colorizer_layout(net):
 def official_layout(
     net:nn.Module, # a Colorizer or Upsampler
 )->list: # of Mapping
-    "What each of our tensors is called in an official checkpoint, and how it is made."
+    "List, for each of our tensors, its official tensors and the function that converts them."
     return _upsampler_layout(net) if isinstance(net, Upsampler) else _colorizer_layout(net)
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #ff194271
@@ -203,7 +203,7 @@ def official_state(
     net:nn.Module, # the Colorizer or Upsampler that they are for
     source='the set of arrays', # for the error message
 )->dict: # our tensor name -> tensor
-    "The state dict of official arrays; ValueError with the names of all that do not fit."
+    "Convert official arrays into a state dict; ValueError with the names of all that do not fit."
     layout, names = official_layout(net), renumber_layers(arrays)
     needed = {name: shape for mapping in layout for name, shape in mapping.shapes.items()}
     expected = {names.get(name, name): shape for name, shape in needed.items()}
@@ -290,7 +290,7 @@ def _folder(folder, kind): # the folder that holds a network
 def official_colorizer(
     folder:Path, # of the colorizer's checkpoint, or one that holds it as colorizer*
 )->Colorizer: # in eval mode
-    "The colorizer of an official checkpoint, with its sizes and (averaged) weights."
+    "Load the colorizer of an official checkpoint, with its sizes and (averaged) weights."
     path = folder
     if Path(folder).is_dir() and not (Path(folder)/'checkpoint').is_file():
         path = _folder(folder, 'colorizer')
@@ -300,7 +300,7 @@ def official_upsampler(
     folder:Path, # of the upsampler's checkpoint, or one that holds it as color_upsampler* or spatial_upsampler*
     kind:str, # 'color' or 'spatial'
 )->Upsampler: # in eval mode
-    "The upsampler of an official checkpoint, with its sizes and (averaged) weights."
+    "Load the upsampler of an official checkpoint, with its sizes and (averaged) weights."
     name = f'{kind}_upsampler'
     path = folder if (Path(folder)/'checkpoint').is_file() else _folder(folder, name)
     return load_coltran(_official(path, name), path).eval()
@@ -312,7 +312,7 @@ def official_folders(
     value:str, # 'official:/path'
     names:tuple, # keys of OFFICIAL_FOLDERS; with 'coltran' all must be there, else one is enough
 )->dict: # name -> its folder
-    "The folders of published checkpoints that a parameter names; ValueError where what is needed is missing."
+    "Find the published checkpoints that a parameter names; ValueError where a needed one is missing."
     if not string(value).startswith('official:'):
         raise ValueError("expected 'official:' and a folder, e.g. official:/my/coltran")
     root = Path(value.removeprefix('official:')).expanduser().resolve()
@@ -339,7 +339,7 @@ def official_networks(
     names:tuple, # keys of OFFICIAL_FOLDERS; without 'coltran_spatial' for a ColTran that works at the photographs' side
     side:int, # of the photographs, px
 )->dict: # name -> network
-    "Networks with published weights; ValueError where they are missing, damaged or made for another size."
+    "Load networks with published weights; ValueError where they are missing, damaged or made for another size."
     try:
         networks = {n: _read_official(n, folder) for n, folder in official_folders(value, names).items()}
     except OSError as e:
@@ -362,7 +362,7 @@ def official_name(
     value:str, # 'official:/path'
     names:tuple, # keys of OFFICIAL_FOLDERS
 )->str: # 'official:' and six hex digits
-    "The name of published checkpoints in metrics: the same for a copy of the folder, another one for other weights."
+    "Name published checkpoints in metrics: a copy of the folder has the same name, other weights have another."
     digests = []
     for name, folder in official_folders(value, names).items():
         files = [f for f in sorted(folder.iterdir()) if f.name == 'checkpoint' or f.suffix == '.index']
@@ -375,7 +375,7 @@ def external_checkpoints(
     names:tuple, # keys of OFFICIAL_FOLDERS that the folder should hold
     side:int=None, # of the photographs, px; None: not known, so the weights are not read
 ):
-    "A check: `plain`, or 'official:/path' to checkpoints that fit."
+    "Make a check that accepts `plain`, or 'official:/path' to checkpoints that fit."
     def check(value):
         if value == plain:
             return value
@@ -393,7 +393,7 @@ def external_checkpoints(
 def draw_figure1(
     sizes, # of a preset, see Sizes in faic.architecture
 ):# -> matplotlib Figure
-    "Figure 1 at a preset's size."
+    "Draw Figure 1 at a preset's size."
     return figure1(*(sizes.networks(name)[0].networks()['net'] for name in ('coltran', *sizes.components)))
 
 # %% ../nbs/36_coltran_checkpoints.ipynb #d61d07fa
