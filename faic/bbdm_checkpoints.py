@@ -90,7 +90,7 @@ def load_bbdm(
     before_quant_conv:bool=False, # latents of the layer before quant_conv
     num_heads:int=8,
 )->BBDM: # with the bridge and the first stage of the file
-    "An official checkpoint as a model that can colorize; ValueError with the names of all tensors that do not fit."
+    "Load an official checkpoint as a model that can colorize; ValueError with the names of all that does not fit."
     file = read_bbdm(path)
     state, average = file['model'], file.get('ema') if ema else {}
     if ema and not average:
