@@ -52,7 +52,7 @@ def daily_seed_means(
 def same_sampling(
     runs:list, # of Run, scored
 )->bool:
-    "Were these runs scored with one sampling, apart from each seed's own components?"
+    "Return whether these runs were scored with one sampling, apart from each seed's own components."
     exact = {(run.options['seed'], primary_rows(run).iloc[-1].get('sampling', '')) for run in runs}
     general = {strip_hashes(sampling) for _, sampling in exact}
     seeds = {seed for seed, _ in exact}
@@ -79,7 +79,7 @@ class Winner:
     value:float # the winner's; of several seeds the mean
     low:float # of the winner's interval; None where it has none
     high:float
-    decided:bool # does it lead beyond the intervals? None where one is missing
+    decided:bool # True: it leads beyond the intervals; None: an interval is missing
     interval:str # the method behind the intervals
     compared:dict # variant -> value, the winner first
     seeds:dict # variant -> list of seeds, the winner first
@@ -135,7 +135,7 @@ def name_seeds(
     return f"{noun} {', '.join(map(str, seeds))}"
 
 def seeds_compared(winner:Winner)->str: # 'over the seeds 0, 1'; by variant where they differ
-    "Name the seeds between which phase 1 has chosen."
+    "Name the seeds whose runs phase 1 has compared."
     distinct = {tuple(seeds) for seeds in winner.seeds.values()}
     if len(distinct) == 1:
         return f'over the {name_seeds(distinct.pop())}'
@@ -144,7 +144,7 @@ def seeds_compared(winner:Winner)->str: # 'over the seeds 0, 1'; by variant wher
 
 # %% ../nbs/39_winner.ipynb #e2a50015
 def describe_lead(winner:Winner)->str:
-    "Say whether the winner leads; with several seeds also over which seeds and by which intervals."
+    "Describe whether the winner leads; with several seeds also over which seeds and by which intervals."
     several = winner.interval == SEEDS_INTERVAL
     if winner.decided is None:
         lead = f"too few {'seeds' if several else 'images'} for intervals: a choice, not a finding"
@@ -185,7 +185,7 @@ def choose_winner(
 
 # %% ../nbs/39_winner.ipynb #fe9135aa
 def write_winner(
-    runs:list, # of Run, of phase 1: at least one of each seed
+    runs:list, # of Run, of phase 1: at least one per seed
 )->Winner: # None where there are no two variants yet
     "Choose among these runs and their competitors, and write winner.json into the winner's run alone."
     one_per_seed = {run.options['seed']: run for run in runs}
