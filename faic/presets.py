@@ -36,38 +36,38 @@ from .pix2pix import ARCHITECTURE as PIX2PIX
 
 # %% ../nbs/41_presets.ipynb #a075c95c
 ARCHITECTURES = {a.name: a for a in (PIX2PIX, COLTRAN, BBDM, CLASSIFIER, CGAN, PALETTE, PALETTE_MODERN)}
-PAPER_MODELS = tuple(PAPER_FID) # the study's own; it takes the others where it is asked to
+PAPER_MODELS = tuple(PAPER_FID) # the default of the study; the others run on request
 
 def find_architecture(
     name:str, # e.g. 'bbdm'
 )->Architecture:
-    "The description of an architecture; ValueError with all names where there is none."
+    "Return the description of an architecture; ValueError with all names where there is none."
     if name not in ARCHITECTURES:
         raise ValueError(f'model is one of {", ".join(ARCHITECTURES)}, got {name!r}')
     return ARCHITECTURES[name]
 
 def all_components()->dict: # name -> Component
-    "Every component that some architecture may need."
+    "List every component that some architecture may need."
     own = {c.name: c for a in ARCHITECTURES.values() for c in a.components}
     return own | VQGANS | GRAY_DECODERS
 
 def find_description(
     name:str, # of an architecture or a component
 ): # Architecture or Component
-    "The description of whatever can be trained."
+    "Return the description of an architecture or a component."
     return all_components().get(name) or find_architecture(name)
 
 # %% ../nbs/41_presets.ipynb #188e398c
 def default_variants(
     model:str,
 )->list: # of names
-    "The variants that phase 1 compares: the paper's, or all where the paper has none."
+    "List the variants that phase 1 compares: the paper's, or all where the paper has none."
     return list(PAPER_FID.get(model) or find_architecture(model).variants)
 
 def default_variant(
     model:str,
 )->str:
-    "The variant that phase 2 trains where phase 1 has not compared any."
+    "Return the variant that phase 2 trains where phase 1 has not compared any."
     return PAPER_WINNER.get(model, 'default')
 
 # %% ../nbs/41_presets.ipynb #8144f48f
@@ -77,8 +77,8 @@ class Preset:
     budget:str # of a variant, and of a day
     changes:dict # architecture or component -> the options that differ from the published ones
     components:dict # component -> (budget in phase 1, what phase 2 adds)
-    sampling:dict=field(default_factory=dict) # architecture -> what it samples by differently
-    latents:dict=field(default_factory=dict) # architecture -> the space it works in, if it is not its usual one
+    sampling:dict=field(default_factory=dict) # architecture -> sampling options that differ from its defaults
+    latents:dict=field(default_factory=dict) # architecture -> its space, if not its default
     further:tuple=() # parameters of further runs of phase 2
     scored:int=None # photographs of a split that are scored; None: all
     precision:str='float32' # 'bfloat16': where the machine computes it natively
@@ -105,7 +105,7 @@ def _each_vqgan(phase1, phase2=None): # the same budgets for every first stage
     return {name: (phase1, phase2 or phase1) for name in (*VQGANS, *GRAY_DECODERS)}
 
 # %% ../nbs/41_presets.ipynb #f6774972
-def _small_classifier(width, batch_size, lr): # it has 256 answers to a photograph, the published crop 1936
+def _small_classifier(width, batch_size, lr): # 256 outputs per photograph, 1936 at the published crop
     return {'classifier': dict(side=64, load_side=72, width=width, batch_size=batch_size, lr=lr, weight_decay=1.3e-4)}
 
 # %% ../nbs/41_presets.ipynb #6ca60e98
@@ -181,22 +181,22 @@ DAYS = 5 # of phase 2
 
 # %% ../nbs/41_presets.ipynb #13e4c0f5
 def preset_precision(preset:str)->dict: # precision='bfloat16', or nothing for float32
-    "bfloat16 where the preset asks for it and this machine computes it natively."
+    "Choose bfloat16 where the preset asks for it and this machine computes it natively."
     wanted = PRESETS[preset].precision
     native = wanted == 'bfloat16' and has_bfloat16(pick_device())
     return dict(precision=wanted) if native else {}
 
 def preset_side(preset:str)->int: # px
-    "The side of a preset's photographs, which all models share."
+    "Return the side of a preset's photographs, which all models share."
     return model_options(next(iter(ARCHITECTURES)), preset)['side']
 
 # %% ../nbs/41_presets.ipynb #727cbcbc
 def default_latent(model:str, preset:str)->str: # 'none': pixels
-    "The space that an architecture works in where nothing else is said."
+    "Return the space that an architecture works in by default."
     return PRESETS[preset].latents.get(model) or published_latent(model)
 
 def published_latent(model:str)->str: # 'none': pixels
-    "The space that an architecture works in as published."
+    "Return the space that an architecture works in as published."
     return next(iter(find_architecture(model).latents), 'none')
 
 def components_of(
@@ -206,7 +206,7 @@ def components_of(
     preset:str='paper',
     decoder:str='', # 'gray': in latents, a decoder that sees the gray photograph
 )->tuple: # of names
-    "The components that an architecture needs, in the order of their training."
+    "List the components that an architecture needs, in the order of their training."
     architecture = find_architecture(model)
     latent = (latent or default_latent(model, preset)) if architecture.latents else 'none'
     if latent == 'none':
@@ -222,7 +222,7 @@ def model_options(
     latent:str='', # a key of the architecture's latents; '': the preset's
     first_stage:str='', # '', 'plain' or a file, whose latents are taken as they are
 )->dict: # data, network and training options, resolved
-    "All options of a run."
+    "Collect all options of a run."
     description = find_description(model)
     options = description.paper | PRESETS[preset].changes.get(model, {}) | preset_precision(preset)
     if isinstance(description, Architecture) and description.latents:
@@ -248,7 +248,7 @@ def variant_changes(
     options:dict, # of its default variant in a preset
     variant:str, # one of the architecture's
 )->dict: # the options that the variant changes
-    "A variant's changes; its batch size and learning rate keep the paper's ratio to the default's."
+    "List a variant's changes; its batch size and learning rate keep the paper's ratio to the default's."
     architecture = find_architecture(model)
     changes = dict(architecture.variants[variant])
     for name in ('batch_size', 'lr'):
@@ -265,7 +265,7 @@ def day_budget(
     model:str='', # with 'paper' only
     phase:str='phase1', # or 'phase2'; with 'paper' only
 )->Budget: # of one variant of phase 1, or of one day of phase 2
-    "How much training a variant and a day get."
+    "Return the budget of a variant of phase 1, or of a day of phase 2."
     if budget == 'paper':
         return paper_work(model, phase)
     return Budget.parse(budget or PRESETS[preset].budget)
@@ -274,7 +274,7 @@ def paper_work(
     model:str,
     phase:str, # 'phase1' or 'phase2'
 )->Budget:
-    "How much training fitted into the paper's day: '130 epochs', 'about 100 000 steps', ..."
+    "Return the training that fitted into the paper's day: '130 epochs', 'about 100 000 steps', ..."
     if model not in PAPER_WORK:
         raise ValueError(f"the paper has no {model}; expected a budget such as '200 steps', or '' for the preset's")
     text = PAPER_WORK[model][('phase1', 'phase2').index(phase)]
@@ -286,7 +286,7 @@ def component_budget(
     component:str, # e.g. 'coltran_color'
     phase:str, # 'phase1', or 'phase2': what is added to phase 1's
 )->Budget:
-    "How much training a component gets in a phase."
+    "Return the budget of a component in a phase."
     return Budget.parse(PRESETS[preset].components[component][('phase1', 'phase2').index(phase)])
 
 # %% ../nbs/41_presets.ipynb #93e51a8e
@@ -296,7 +296,7 @@ def make_trainee(
     seed:int=0, # of the initial weights
     components:dict={}, # name -> network, where it trains with them
 ):
-    "The architecture or component, ready to be trained: networks() and losses(batch, generator)."
+    "Make an architecture or component that can be trained: networks() and losses(batch, generator)."
     return find_description(model).make(options, seed, components)
 
 def make_colorizer(
@@ -305,15 +305,15 @@ def make_colorizer(
     sampling:dict, # see default_sampling
     components:dict={}, # name -> network, where it samples with them
 ):
-    "The function colorize(gray, generator) of a trained model."
+    "Make the function colorize(gray, generator) of a trained model."
     return find_architecture(model).colorizer(trainee, sampling, components)
 
 def default_sampling(model:str, preset:str)->dict:
-    "How the tables sample a model."
+    "Return the sampling options that the tables use for a model."
     return find_architecture(model).sampling | PRESETS[preset].sampling.get(model, {}) | preset_precision(preset)
 
 def describe_sampling(sampling:dict)->str:
-    "How a row of metrics names its sampling, e.g. 'batch_norm=image'."
+    "Name a sampling as rows of metrics do, e.g. 'batch_norm=image'."
     return ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in sorted(sampling.items()))
 
 # %% ../nbs/41_presets.ipynb #41a20001
@@ -321,10 +321,10 @@ def training_flop(
     model:str, # an architecture or a component
     options:dict, # of a run, see model_options
     components:dict={}, # name -> options, of the networks that it is trained on, such as a first stage
-    step:int=0, # of the training: a discriminator may take part later
+    step:int=0, # of the training, as a discriminator may join later
 )->float: # FLOP per photograph; where networks take turns, the mean of their steps
     "Count the arithmetic of a training step, forward and backward of all updates, on tensors without content."
-    # a module's conversion swaps its weights, which those without content refuse; no conversion changes the count
+    # converting a module swaps its weights, and tensors without content refuse that; no conversion changes the count
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), patch('torch.utils.swap_tensors'):
             return _count_flop(model, options, components, step)
