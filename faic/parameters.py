@@ -21,7 +21,7 @@ from .presets import (ARCHITECTURES, PAPER_MODELS, PRESETS, components_of, defau
 
 # %% ../nbs/42_parameters.ipynb #e273c5b9
 def comma_list(*names:str):
-    "A check: comma-separated names, or 'all'; gives a list."
+    "Make a check for comma-separated names, or 'all'; it returns a list."
     def check(value):
         if value == 'all':
             return list(names)
@@ -32,7 +32,7 @@ def comma_list(*names:str):
     return check
 
 def model_list(value):
-    "A check: 'paper' (the three that the paper trained), 'all', a comma list of architectures, or their list."
+    "Check models: 'paper' (the three that the paper trained), 'all', a comma list of architectures, or a list."
     if value == 'paper':
         return list(PAPER_MODELS)
     try:
@@ -42,17 +42,17 @@ def model_list(value):
         raise ValueError(f"expected 'paper', 'all' or a comma list of {names}") from e
 
 def budget_or_default(value):
-    "A check: '' (the preset's own), 'paper' (as much as the paper's day held) or a budget such as '200 steps'."
+    "Check a budget: '' (the preset's), 'paper' (the work of the paper's day), or an amount such as '200 steps'."
     if string(value) not in ('', 'paper'):
         Budget.parse(value)
     return value
 
 def seed_or_all(value):
-    "A check: '' or a seed."
+    "Check a seed, or '' for all."
     return value if value == '' else integer(0)(value)
 
 def boolean(value):
-    "A check: true or false, also as papermill's -p hands them over."
+    "Check true or false, also as the strings that papermill's -p passes."
     known = {'true': True, '1': True, 'false': False, '0': False}
     if str(value).lower() not in known:
         raise ValueError('expected true or false')
@@ -60,7 +60,7 @@ def boolean(value):
 
 # %% ../nbs/42_parameters.ipynb #4f8242c0
 def variants_of(model:str):
-    "A check: a comma list of the model's variants; 'all' means the default ones, 'none' no variant. Gives a list."
+    "Make a check for a comma list of the model's variants, 'all' (the default ones) or 'none'; it returns a list."
     check = comma_list(*ARCHITECTURES[model].variants)
     def check_variants(value):
         if value == 'none':
@@ -71,7 +71,7 @@ def variants_of(model:str):
 def first_stage_check(
     latent:str, # the space; '': not known
 ):
-    "A check: '' and 'plain' for first stages that are trained here, or the path of a given one that fits."
+    "Make a check for a first stage: '' and 'plain' are trained here, a path is an external one that must fit."
     def check(value):
         if string(value) and latent == 'none':
             raise ValueError("latent none works on pixels and has no first stage; expected '', or latent f4, f8 or f16")
@@ -85,7 +85,7 @@ def decoder_check(
     latent:str, # the space; '': not known
     first_stage:str='', # as the parameter says
 ):
-    "A check: '' for the first stage's own decoder, 'gray' for one that sees the gray photograph."
+    "Make a check for a decoder: '' is the first stage's own, 'gray' one that sees the gray photograph."
     def check(value):
         if choice('', 'gray')(value) and latent == 'none':
             raise ValueError("latent none works on pixels and has no decoder; expected '', or latent f4, f8 or f16")
@@ -105,7 +105,7 @@ def _injected_names(namespace):
     return names
 
 class ParameterError(ValueError):
-    "A notebook was started with parameters that it cannot use."
+    "Parameters that a notebook cannot use."
 
 def check_params(
     namespace:dict, # the notebook's globals()
@@ -125,7 +125,7 @@ def check_params(
 
 # %% ../nbs/42_parameters.ipynb #66517d8c
 def known_model(value):
-    "A check: the name of an architecture."
+    "Check the name of an architecture."
     return choice(*ARCHITECTURES)(value)
 
 PARAMETERS = dict(
@@ -147,7 +147,7 @@ def _papermill_words(): # of the command that started this kernel; [] where the 
 def typed_text(
     name:str, # of a parameter whose value is text
     value, # as the notebook got it
-)->str: # ValueError where papermill has made another value of it
+)->str: # ValueError where papermill has converted it and the text is lost
     "Return the text that was typed for a parameter."
     if isinstance(value, str):
         return value
@@ -167,7 +167,7 @@ def _check_text(name, check):
     return check_typed
 
 # %% ../nbs/42_parameters.ipynb #df83a933
-def _nothing(value): # the check of what this architecture has no use for
+def _nothing(value): # the check of a parameter that this architecture does not use
     return ''
 
 def _unchecked(value):
@@ -208,7 +208,7 @@ def own_parameters(
     architecture,
     preset:str=None, # None: not known
 )->dict: # name -> check
-    "The parameters that one architecture adds to the study's."
+    "List the parameters that one architecture adds to the study's."
     decoder = dict(decoder=choice('', 'gray')) if architecture.latents else {}
     return architecture.parameters(*_size_of(architecture, preset if preset in PRESETS else None)) | decoder
 
@@ -243,9 +243,9 @@ def resolve_sampling(
     model:str,
     parameters, # of a notebook, see notebook_parameters
     preset:str='', # '': the parameters name it
-    sampling:dict=None, # that is changed; None: the preset's
+    sampling:dict=None, # the sampling to change; None: the preset's
 )->dict:
-    "A model's sampling, changed by a notebook's parameters; the parameters of other models are ignored."
+    "Change a model's sampling by a notebook's parameters; the parameters of other models are ignored."
     sampling = default_sampling(model, preset or parameters.preset) if sampling is None else dict(sampling)
     for name, value in vars(parameters).items():
         if name in sampling and value != '' and (name, value) != ('sample_steps', 0):
