@@ -47,7 +47,7 @@ def features_of(
     feature_net, # feature network of faic.metrics
     device,
 )->tuple: # (features (n,D), probabilities (n,K)), on the CPU
-    "Compute the features of a split's real photographs once, and read them from a file afterwards."
+    "Compute the features of a split's real photographs, or read them from the file of an earlier call."
     network = feature_net.network_name.replace(', ', '-')
     name = f'{photos.fingerprint[:16]}-{split}-{len(photos.splits[split])}-{network}.npz'
     file = runs_dir()/'data-features'/name
@@ -96,7 +96,7 @@ def lightness_modes(
 # %% ../nbs/43_evaluate.ipynb #e1a50007
 @dataclass
 class _ModeScores:
-    "What is measured in one lightness mode; each list has an entry per batch."
+    "The measurements in one lightness mode; each list has an entry per batch."
     per_image:list=field(default_factory=list) # dicts of image_scores
     features:list=field(default_factory=list) # (B,D), on the CPU
     probabilities:list=field(default_factory=list) # (B,K), on the CPU
@@ -146,7 +146,7 @@ def retry_on_oom(
     pictures:Tensor, # (B,C,H,W) in [0,1]
     generators:list, # one per picture
 )->Tensor: # (B,3,H,W) in [0,1]
-    "Colorize a batch; where the memory does not suffice, half of it at a time."
+    "Colorize a batch; where it does not fit into memory, half of it at a time."
     try:
         return colorize(pictures, generators)
     except Exception as error:
@@ -170,7 +170,7 @@ def sample_rows(
 # %% ../nbs/43_evaluate.ipynb #e1a5000c
 @dataclass
 class _Findings:
-    "What one process finds on its photographs."
+    "The results of one process on its photographs."
     modes:dict # lightness mode -> _ModeScores
     samples:list # (H,W,3) uint8 arrays, in the order of the photographs
 
