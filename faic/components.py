@@ -39,7 +39,7 @@ def study_photos(
     paper_split:bool=None, # None: for the preset paper
     gray_photographs:str='leave out', # of the scored splits; 'keep' as in the paper
 )->Photos:
-    "The photographs of a preset: split as it says, and scored as many as it says."
+    "Load the photographs of a preset, with its split and its number of scored photographs."
     as_in_paper = preset == 'paper' if paper_split is None else paper_split
     photos = load_photos(data, preset_side(preset), as_in_paper, gray_photographs)
     most = PRESETS[preset].scored or len(photos.array)
@@ -55,12 +55,12 @@ SCORED_SPLIT = {'phase1': 'validation', 'phase2': 'test'} # and the split on whi
 PHASE_DAYS = {'phase1': 1, 'phase2': DAYS}
 
 def data_identity(photos:Photos)->dict:
-    "Which photographs a run is made with."
+    "Identify the photographs that a run is made with."
     gray = dict(gray_photographs=photos.gray_photographs) if photos.gray_photographs else {}
     return dict(name=photos.name, fingerprint=photos.fingerprint, side=photos.side) | gray
 
 def data_options(photos:Photos, phase:str)->dict:
-    "The photographs of a run, as its options name them."
+    "Describe the photographs of a run, for its options."
     train, validation, test = (len(photos.splits[s]) for s in (TRAINING_SPLIT[phase], 'validation', 'test'))
     return data_identity(photos) | dict(train=train, validation=validation, test=test)
 
@@ -68,12 +68,12 @@ def treats_gray(
     run:Run,
     gray_photographs:str, # 'leave out' or 'keep'; '': either
 )->bool:
-    "Was a run told to treat gray photographs like this? Most data have none, and then it does not matter."
+    "Return whether a run treats gray photographs like this; where the data have none, any choice agrees."
     told = run.options.get('data', {}).get('gray_photographs', '')
     return '' in (told, gray_photographs) or told == gray_photographs
 
 def data_notes(photos:Photos)->dict:
-    "What results with these photographs must mention; recorded with a run, not hashed."
+    "Collect what results with these photographs must mention; it is recorded with a run, not hashed."
     return dict(caution=photos.caution, credits=photos.credits, lists=list_hashes(photos),
                 gray=dict(all=int(photos.gray.sum()), scored=count_gray(photos)))
 
@@ -85,7 +85,7 @@ def baseline_run(
     photos:Photos,
     device,
 )->Run:
-    "The run folder of a baseline ('gray' or 'real'), which is scored and never trained."
+    "Open the run folder of a baseline ('gray' or 'real'), which is scored and never trained."
     options = dict(phase=phase, model='baseline', variant=subject, preset=preset, seed=0, data=data_identity(photos))
     return open_run(options, device, **data_notes(photos))
 
@@ -113,7 +113,7 @@ def make_trainer(
     components:dict={}, # name -> network, of the components that the model needs
     **loop_options, # workers, micro_batches, tensorboard, preview, ...: they change how the loop works, not its result
 )->Trainer:
-    "The trainer of a run, where its last checkpoint left it."
+    "Make the trainer of a run and resume it from its last checkpoint."
     check_same_data(run, photos)
     o, split = run.options, TRAINING_SPLIT[phase]
     array, rows = resized_for_crops(photos, o['train']['load_side'], split), photos.splits[split]
@@ -131,13 +131,13 @@ def make_trainer(
 PREPARE_BATCH = 16 # photographs at a time
 
 def prepare_latents(
-    trainee, # whose prepare(pixels, mirrored) makes an array with a row for each photograph of a batch
+    trainee, # its prepare(pixels, mirrored) makes an array with a row for each photograph of a batch
     array:np.ndarray, # (N,S,S,3) uint8 photographs
     path:Path, # the file
     mirrored:bool=False, # of the mirrored photographs, too
     device='cpu',
 )->np.ndarray: # (N,...), memory-mapped
-    "The latents of all photographs: read from the file, or made and stored there; a killed attempt is continued."
+    "Read the latents of all photographs from a file, or make and store them; a killed attempt is continued."
     def rows(start, stop):
         pixels = torch.tensor(array[start:stop]).permute(0, 3, 1, 2).to(device)
         return trainee.prepare(pixels, mirrored).cpu().numpy()
@@ -160,7 +160,7 @@ def cached_latents(
     phase:str, # 'phase1' or 'phase2'
     device,
 ): # array with a row for each photograph of the phase's training split; None for a model that has no first stage
-    "The latents of the training photographs, found or made; prints which."
+    "Find or make the latents of the training photographs, and print which of the two."
     name, o = run.options.get('first_stage', ''), run.options['train']
     if not name:
         return None
@@ -183,7 +183,7 @@ def component_options(
     seed:int,
     photos:Photos,
 )->dict:
-    "Everything that decides the weights of a component."
+    "Collect everything that decides the weights of a component."
     options = dict(phase='component', model=component, of=phase, preset=preset, seed=seed,
                    data=data_options(photos, phase), budget=str(component_budget(preset, component, phase)),
                    train=model_options(component, preset))
@@ -206,7 +206,7 @@ def component_hashes(
     first_stage:str='', # '', 'plain' or a file
     decoder:str='', # see components_of
 )->dict: # component -> the six digits at the end of its run's name
-    "The runs of a model's own components, trained or not yet; a first stage that comes from a file has none."
+    "Name the runs of a model's own components, trained or not yet; a first stage from a file has none."
     names = components_of(model, latent, first_stage, preset, decoder)
     if first_stage not in ('', 'plain'):
         names = [n for n in names if all_components()[n].measure != 'reconstruction']
@@ -218,7 +218,7 @@ def hash_sampling(
     sampling:dict,
     components:dict, # from component_hashes
 )->dict:
-    "The sampling with names of networks in place of where they come from: 'own:<runs>' or 'official:<hash>'."
+    "Replace the source of networks in a sampling by their names: 'own:<runs>' or 'official:<hash>'."
     decoders = [f'gray:{digits}' for name, digits in components.items() if name in GRAY_DECODERS]
     if 'decoder' in sampling:
         sampling = sampling | dict(decoder=''.join(decoders))
@@ -234,7 +234,7 @@ def hash_sampling(
     own = [f'own:{digits}' for name, digits in components.items() if name not in given]
     return sampling | {published.parameter: '+'.join([published.identify(value, _published_names(model)), *own])}
 
-def _published_names(model): # the components that can come from others
+def _published_names(model): # the components that may have published weights
     return tuple(c.name for c in find_architecture(model).components)
 
 # %% ../nbs/44_components.ipynb #a045d85e
@@ -272,11 +272,11 @@ def train_component(
 
 # %% ../nbs/44_components.ipynb #a045d85f
 def component_weights(run:Run)->Path:
-    "The file with a component's weights; it exists when the component is trained."
+    "Return the file with a component's weights; it exists when the component is trained."
     return run.path/'day-1.safetensors'
 
 def load_component(weights:Path, run:Run, device): # network
-    "A trained component, ready for use."
+    "Load a trained component, ready for use."
     trainee = make_trainee(run.options['model'], run.options['train'])
     return load_weights(trainee, weights, device).networks()['net']
 
@@ -289,7 +289,7 @@ def upsampler_bits(
     device,
     limit:int=200, # photographs
 )->dict: # row for metrics.csv
-    "Mean loss of an upsampler on the validation split, in bits per value."
+    "Compute the mean loss of an upsampler on the validation split, in bits per value."
     generator, losses, images = make_generator(run.options['seed'], 'bits'), 0., 0
     batch_size = run.options['train']['batch_size']
     for batch in ordered_batches(photos, 'validation', batch_size, trainee.gray_kind, device, limit):
@@ -323,7 +323,7 @@ def evaluate_component(
     device,
     components:dict={}, # name -> network, of the component that it is trained on
 )->str: # for a sentence
-    "What a component can do, measured once and kept in its metrics.csv."
+    "Score a component once, keep the scores in its metrics.csv, and describe them."
     o = run.options
     if run.metrics().empty:
         trainee = make_trainee(o['model'], o['train'], components=components)
@@ -356,10 +356,10 @@ def prepare_components(
     device,
     latent:str='', # see components_of
     first_stage:str='', # '', 'plain' or a file
-    others:int=1, # tasks of the notebook after this one; for its bar
+    others:int=1, # tasks that the notebook's progress bar counts after this one
     **loop_options, # see Trainer
 )->tuple: # (component -> network, sampling that names them)
-    "The components that a model needs: found, trained, or read from files."
+    "Find, train or read from files the components that a model needs."
     decoder = sampling.get('decoder', '')
     names = components_of(model, latent, first_stage, preset, decoder)
     if not names:
@@ -383,7 +383,7 @@ def external_components(
     latent:str='', # that a given first stage must be for; '': any
     first_stage:str='', # '', 'plain' or a file
 )->dict: # component -> network
-    "Those components of a model that come from files; prints which."
+    "Load those components of a model that come from files, and print which."
     networks, sources = {}, []
     published = find_architecture(model).published
     value = sampling.get(published.parameter, 'own') if published else 'own'
@@ -405,7 +405,7 @@ def find_components(
     device,
     first_stage:str='', # the file, if the run was trained with one
 )->dict: # component -> network
-    "The components that a run's model needs: its own, whose folders lie beside the run's, or those in files."
+    "Load the components that a run's model needs: its own, in folders beside the run's, or those in files."
     o = run.options
     names = components_of(o['model'], o.get('latent', published_latent(o['model'])), preset=o['preset'])
     _check_first_stage(run, first_stage)
