@@ -87,7 +87,7 @@ class RunSelection:
     data:str # name of the data
     seed:int # the first
     runs:dict # place -> Run, of several seeds the first's; a baseline's variant is its subject, a component's its phase
-    skipped:list=field(default_factory=list) # (phase, model, sentence), a run that was left out each
+    skipped:list=field(default_factory=list) # (phase, model, sentence) for each run that was left out
     seeds:int=1 # how many were asked for: seed, seed + 1, ...
     other_seeds:dict=field(default_factory=dict) # place -> list of Run, the further seeds
 
@@ -146,7 +146,7 @@ def reason_left_out(
     budgets:dict, # see select_runs
     taken:dict, # (place, seed) -> Run, the runs that the page shows already, all newer than this one
 )->str: # '' where the page shows the run
-    "Say why a page does not show a run."
+    "Return why a page does not show a run."
     found = _data(run)['fingerprint']
     if found != fingerprint:
         return f'other photographs: fingerprint {found[:6]}, not {fingerprint[:6]}'
@@ -299,11 +299,11 @@ def all_models(selection:RunSelection)->list: # keys: the paper's first, then ot
 def natural_key(
     name:str,
 )->list: # alternating text and numbers
-    "Sort numbers inside names by their value: 'f4' before 'f16'."
+    "Return a sorting key that orders numbers inside names by value: 'f4' before 'f16'."
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r'(\d+)', name)]
 
 def extra_models(selection:RunSelection)->list: # keys such as 'bbdm:f8', see model_key
-    "List the models beside the rivals that have runs, or components with runs."
+    "List the models that are not rivals but have runs, or components with runs."
     trained = {model for _, model, _ in selection.runs}
     keys = {model for model in trained if ':' in model}
     for model, components in model_components(selection.preset).items():
@@ -367,7 +367,7 @@ def phase1_winner(
     "Choose the variant that phase 2 trains: phase 1's in the same or in the default space, else the paper's."
     runs = _phase1_runs(model, preset, range(seed, seed + seeds), photos)
     for space, where in (((latent, first_stage), ''),
-                         (('', ''), ' in the usual space (variants were not compared in this one)')):
+                         (('', ''), ' in the default space (variants were not compared in this one)')):
         winner = _winner_in_space(runs, model, preset, photos, budget, space)
         if winner:
             return winner.variant, f"phase 1's winner{where}: {_describe_score(winner)}"
