@@ -41,8 +41,8 @@ def study_run(
     photos:Photos,
     budget:Budget, # of the whole run
     device,
-    latent:str='', # of bbdm, and so below; '': the preset's
-    first_stage:str='', # of bbdm: '', 'plain' or a file
+    latent:str='', # see components_of; '': the preset's
+    first_stage:str='', # '', 'plain' or a file
 )->Run:
     "Open the run of one variant; photographs.csv lists which photographs are in which split."
     components = component_hashes(model, phase, preset, seed, photos, latent, first_stage)
@@ -59,7 +59,7 @@ def study_run(
     return run
 
 def listed_photographs(photos:Photos, phase:str)->pd.DataFrame: # split, row, file, sha256
-    "Which photographs are in the splits that a phase uses."
+    "List the photographs in the splits that a phase uses."
     splits = (TRAINING_SPLIT[phase], *REFERENCE_SPLIT)
     rows = pd.concat([pd.DataFrame(dict(split=s, row=photos.splits[s])) for s in splits])
     return rows.merge(photos.manifest[['row', 'file', 'sha256']], on='row')
@@ -109,7 +109,7 @@ def run_days(
     **loop_options, # see Trainer
 )->Run:
     "Train the run day by day and evaluate it after each; a run that was stopped continues."
-    phase, before = run.options['phase'], len(components) # the notebook's bar has counted the components already
+    phase, before = run.options['phase'], len(components) # the notebook's bar has already counted the components
     days = PHASE_DAYS[phase]
     if loop_options.get('tensorboard'):
         loop_options |= dict(preview=make_preview(run, photos, sampling, device, components))
@@ -165,12 +165,12 @@ def evaluate_day(
 
 # %% ../nbs/46_days.ipynb #48915fa0
 def missing_rows(run:Run, trainee, day:int, sampling:dict)->list: # of 'model', 'photograph'
-    "Which rows of an evaluation are not in the run's metrics."
+    "List the rows of an evaluation that are not yet in the run's metrics."
     name, modes = describe_sampling(sampling), lightness_modes(trainee.keeps_lightness)
     return [mode for mode in modes if not evaluated(run, day=day, sampling=name, lightness=mode)]
 
 def eval_batch_size(options:dict, device)->int: # options of a run
-    "How many photographs are colorized together when they are scored."
+    "Return how many photographs are colorized together when they are scored."
     return 10 if options.get('latent') == 'none' and device.type == 'cpu' else 50 # see above
 
 # %% ../nbs/46_days.ipynb #6e8ee570
@@ -183,8 +183,8 @@ def score(
     device,
     components:dict={}, # name -> network, of the components that the model needs
     day:int=1,
-    work:dict={}, # how much training is behind it
-    judges=(), # further feature networks; with any, also several samples of some photographs
+    work:dict={}, # steps and seconds of training up to this day
+    judges=(), # further feature networks; if there are any, several samples of some photographs are scored, too
 ):
     "Colorize the phase's split, keep samples, and add a row of metrics for each lightness mode."
     o, name = run.options, describe_sampling(sampling)
