@@ -74,7 +74,7 @@ def _product_rate(size, device, dtype, times): # FLOP per second
 # %% ../nbs/48_benchmark.ipynb #1892987a
 def stages_of(
     colorize, # function (gray, generators) -> rgb
-)->dict: # stage -> function (gray, what the stage before made, generators)
+)->dict: # stage -> function (gray, output of the stage before, generators)
     "Return the stages of a colorizer, in order."
     def only(gray, before, generators):
         return colorize(gray, generators)
@@ -133,8 +133,8 @@ def time_stages(
     gray:Tensor, # (B,1,H,W) in [0,1], repeated as needed
     batch_sizes:tuple, # ascending
     images:int, # timed in all at each batch size, at least; three calls at least
-    patience:float=240., # seconds; a batch size that would take longer, by the one before, is left out
-)->list: # of dicts: stage, times, batch_size, images and what time_call measures, for the stage made once
+    patience:float=240., # seconds; a batch size is left out if the one before predicts a longer timing
+)->list: # of dicts: stage, times, batch_size, images and what time_call measures, for one run of the stage
     "Time every stage of a colorizer at several batch sizes."
     rows, times = [], getattr(colorize, 'times', {})
     for name, stage in stages_of(colorize).items():
@@ -165,7 +165,7 @@ def _input_of(name, colorize, batch): # what the stages before this one make of 
 # %% ../nbs/48_benchmark.ipynb #48a20001
 def component_runs(
     run:Run, # whose components lie beside it
-)->list: # of Run, each after the one that it continues
+)->list: # of Run, each after the run that it continues
     "Find the runs in which a model's own components were trained; FileNotFoundError where one is missing."
     found = []
     for name, digits in run.options['made'].get('components', {}).items():
@@ -232,7 +232,7 @@ COSTS = ('photographs', 'seconds', 'flop')
 def training_costs(
     run:Run, # of phase 2
 )->pd.DataFrame: # a row per day: day, photographs, seconds, flop; nan where it is not known
-    "How much training each day of a run has behind it, components included."
+    "List the photographs, seconds and FLOP of a run up to each day, components included."
     rows = []
     for row in primary_rows(run).reindex(columns=['day', 'step', 'training_seconds']).itertuples():
         rows.append(dict(day=row.day, photographs=_or_nan(photographs_seen, run, row.step),
@@ -249,7 +249,7 @@ def _or_nan(count, *args):
 def mean_costs(
     runs:list, # of Run, one per seed
 )->pd.DataFrame: # day -> photographs, seconds, flop
-    "Average what the days of several seeds cost; nan where one seed's cost is not known."
+    "Average the costs of each day over several seeds; nan where one seed's cost is not known."
     costs = pd.concat([training_costs(run) for run in runs])
     return costs.groupby('day')[list(COSTS)].agg(lambda values: values.mean(skipna=False))
 
