@@ -34,20 +34,20 @@ from .winner import Winner, competing_runs, describe_lead, write_winner
 # %% ../nbs/49_phases.ipynb #6af31990
 @dataclass(frozen=True)
 class Phase:
-    "What a phase found."
-    runs:list # of Run; in phase 1 the variants of each seed in turn, in phase 2 one a seed
+    "The results of a phase."
+    runs:list # of Run; in phase 1 the variants of each seed in turn, in phase 2 one per seed
     scores:pd.DataFrame # the table that the notebook shows
-    losses:list # one DataFrame a run: the logged losses by step
+    losses:list # one DataFrame per run: the logged losses by step
     pictures:dict # name -> samples (8,H,W,3) uint8, of the first seed
-    messages:list # sentences beside the table
+    messages:list # sentences to print with the table
     winner:Winner=None # of phase 1; None where no variants were compared
     variant:str='' # of phase 2: the one that was trained
-    reason:str='' # of phase 2: why that one
+    reason:str='' # of phase 2: why this variant was trained
 
 # %% ../nbs/49_phases.ipynb #fb1f6910
 @dataclass(frozen=True)
 class Workplace:
-    "Where a phase works: its device, photographs and feature network."
+    "What a phase works with: its device, photographs and feature network."
     device:torch.device
     photos:Photos
     feature_net:object # of faic.metrics
@@ -56,7 +56,7 @@ class Workplace:
 def open_workplace(
     parameters, # checked, see notebook_parameters
 )->Workplace:
-    "Join the processes that share the phase, read the photographs and load the feature network; says which."
+    "Join the processes of the phase, read the photographs and load the feature network; print device and data."
     device = init_distributed(pick_device(parameters.device))
     set_deterministic(device)
     photos = study_photos(parameters.data, parameters.preset, gray_photographs=parameters.gray_photographs)
@@ -65,12 +65,12 @@ def open_workplace(
     return Workplace(device, photos, efficientnet_lite0(device))
 
 def loop_arguments(parameters)->dict: # workers, micro_batches, tensorboard
-    "What changes how the loop works, not what comes out."
+    "Select the parameters that change how the loop works, not its result."
     return {name: getattr(parameters, name) for name in ('workers', 'micro_batches', 'tensorboard')}
 
 # %% ../nbs/49_phases.ipynb #db85bb57
 def discriminator_messages(runs:list, several_seeds:bool)->list: # of sentences
-    "State since which step the discriminator of a run has won; in phase 1 with the variant."
+    "Name the runs whose discriminator has won, and since which step; in phase 1 with the variant."
     found = []
     for run in runs:
         o = run.options
@@ -82,19 +82,19 @@ def discriminator_messages(runs:list, several_seeds:bool)->list: # of sentences
     return found
 
 def score_columns(scores:pd.DataFrame, network_name:str)->list: # of names
-    "The columns of metrics that a phase's notebook shows."
+    "Select the columns of metrics that a phase's notebook shows."
     features = [f'{metric} ({network_name})' for metric in ('FID', 'KID', 'IS')]
     wanted = [*features, 'PSNR', 'SSIM', 'chroma error', 'colorfulness', 'step']
     return [c for c in wanted if c in scores]
 
 # %% ../nbs/49_phases.ipynb #159f5d7b
-def loss_table(run:Run)->pd.DataFrame: # step, a column a loss
-    "The losses in a run's log."
+def loss_table(run:Run)->pd.DataFrame: # step, and a column per loss
+    "Read the losses from a run's log."
     log = pd.DataFrame([e for e in run.events() if 'fraction' in e])
     return log.drop(columns=['fraction', 'seconds', 'epoch'], errors='ignore')
 
 def baseline_pictures(phase:str, preset:str, place:Workplace)->dict: # 'gray' and 'ground truth' -> samples
-    "The first two rows of a phase's pictures."
+    "Read the first two columns of a phase's pictures: gray and in color."
     runs = {s: baseline_run(phase, s, preset, place.photos, place.device) for s in ('gray', 'real')}
     return {'gray': read_samples(runs['gray']), 'ground truth': read_samples(runs['real'])}
 
@@ -160,7 +160,7 @@ def compare_variants(
     seeds:int, # how many
     network_name:str,
 )->pd.DataFrame: # by variant, the lowest FID first; empty without runs
-    "The scores of each seed's variants, and of those that were trained before under the same conditions."
+    "Tabulate the scores of each seed's variants, and of those trained before under the same conditions."
     if not runs:
         return pd.DataFrame()
     compared = [rival for run in {r.options['seed']: r for r in runs}.values() for rival in competing_runs(run)]
@@ -170,7 +170,7 @@ def compare_variants(
     return scores[columns].sort_values(columns[0])
 
 def winner_message(runs:list, winner:Winner)->str:
-    "Which variant has won phase 1, or why none has."
+    "State which variant has won phase 1, or why none has."
     if not runs:
         return 'no variant was asked for: the baselines are scored, the components are trained'
     if not winner:
@@ -237,7 +237,7 @@ def train_winner(p, variant:str, place:Workplace)->tuple: # (a Run for each seed
 
 # %% ../nbs/49_phases.ipynb #4749a002
 def score_trained_before(p, place:Workplace)->dict: # name -> Run, of the weights that are there
-    "Score the checkpoints that others have trained, where they were given, and the released weights, once."
+    "Score the external weights, where they were given, and the released weights, once."
     found = {}
     if p.pretrained:
         found['pre-trained'] = run_pretrained(p.model, p.pretrained, p.preset, p.seed, place.photos, place.feature_net,
@@ -266,11 +266,11 @@ def score_released(p, place:Workplace)->Run: # None where they are of another si
 def compare_days(
     runs:list, # of Run
     sampling_names:list, # one a run
-    trained:dict, # name -> Run, of weights that came trained
+    trained:dict, # name -> Run, of external and released weights
     several_seeds:bool,
     network_name:str,
 )->pd.DataFrame: # by (seed,) day and lightness
-    "The scores of each day by the sampling that was asked for, and of a model that came trained."
+    "Tabulate the scores of each day with the chosen sampling, and those of external and released weights."
     index = (['seed'] if several_seeds else []) + ['day', 'lightness']
     tables = [(r.metrics(), r.options['seed'], name) for r, name in zip(runs, sampling_names)]
     rows = [m[m['sampling'] == name].assign(seed=seed) for m, seed, name in tables]
@@ -299,7 +299,7 @@ def launch_processes(
     name:str, # 'phase1' or 'phase2'
     parameters:dict, # of its function
 ):
-    "Run a phase in several processes and wait; nothing to do for one process, or in one of several."
+    "Run a phase in several processes and wait; return at once for one process, or inside one of several."
     if processes == 1 or int(os.environ.get('WORLD_SIZE', 1)) > 1:
         return
     words = [w for k, v in parameters.items() for w in ('-p', k, str(v))]
@@ -335,6 +335,6 @@ def _die_with_parent():
     signal_at_parents_death(signal.SIGTERM)
 
 def first_error(output:str)->str:
-    "The reason of the first of several processes that stopped; the others only report that it is gone."
+    "Find why the first of several processes stopped; the others only report that it is gone."
     reasons = re.findall(r' stopped:\n(.*?)\nThe whole function', output, re.S)
     return next((r for r in reasons if 'Connection' not in r), output.strip()[-2000:])
