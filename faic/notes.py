@@ -63,7 +63,7 @@ def example_run(
 _EXAMPLE_FOLDERS = [] # they are removed when the process ends
 
 def example_selection(
-    seeds:int=1, # of Pix2Pix; the other models have one
+    seeds:int=1, # how many Pix2Pix has; the other models have one
 )->RunSelection:
     "Invent the runs of a page, in a temporary folder."
     _EXAMPLE_FOLDERS.append(tempfile.TemporaryDirectory(prefix='faic-example-'))
@@ -124,7 +124,7 @@ def caution(selection:RunSelection)->list: # of sentences
     return [*_made_values(selection, 'caution'), *unknown]
 
 UNCOUNTED_GRAY = ('Photographs that are gray themselves were not left out of the scores: on each of them the gray '
-                  'image has a PSNR of up to 100 dB.') # what runs of older versions need beside them
+                  'image has a PSNR of up to 100 dB.') # for runs of versions that did not count them
 
 def gray_note(selection:RunSelection)->str: # '' where no photograph is gray itself
     "Say how photographs that are gray themselves were treated."
@@ -141,11 +141,11 @@ def credits(selection:RunSelection)->list: # one sentence, or none
 LICENSES = {name: license for _, name, *_, license in EMBEDDED} # photograph -> license
 
 def has_license(name:str)->bool: # of an embedded photograph
-    "May the photograph be shown?"
+    "Return whether the photograph has a license that allows showing it."
     return 'no license' not in LICENSES[name]
 
 def free_credits()->str:
-    "Whose photographs the pictures show."
+    "Credit the photographs that free pictures show, with their licenses."
     named = [f'{name} ({license})' for name, license in LICENSES.items() if has_license(name)]
     return f"Photographs: {'; '.join(named)}."
 
@@ -153,7 +153,7 @@ def free_credits()->str:
 def space_note(
     preset:str,
     models, # names of architectures
-)->list: # a sentence a model that works on pixels
+)->list: # a sentence per model that works on pixels
     "Name the models that work on pixels where the paper's worked on latents."
     notes = []
     for model in models:
@@ -175,7 +175,7 @@ def averaging_note(selection:RunSelection)->str:
     return f'{note} One training run each ({seeds_text(selection)}): the intervals say nothing about other seeds.'
 
 def one_seed(selection:RunSelection, phase:str, what:str)->list: # a sentence; none where the page has one seed
-    "Say that pictures or times are of one seed though the page has several."
+    "Say that pictures or times are of one seed, where the page has several."
     seeds = sorted({run.options['seed'] for (p, model, _), run in selection.runs.items()
                     if p == phase and model != 'baseline'})
     if not selection.other_seeds or not seeds:
@@ -228,6 +228,6 @@ def collapse_notes(selection:RunSelection)->list: # of (phase, model, sentence)
     return notes
 
 def run_notes(selection:RunSelection, phase:str, model:str)->list: # of sentences
-    "Collect what a model's results need beside them: a discriminator that won, runs that were left out."
+    "Collect warnings for a model's results: a discriminator that won, runs that were left out."
     notes = [*collapse_notes(selection), *selection.skipped]
     return [sentence for p, m, sentence in notes if p == phase and m in (model, 'baseline')]
