@@ -114,7 +114,7 @@ def variants_table(
 
 # %% ../nbs/52_score_tables.ipynb #17580d66
 def reconstruction_entries(selection:RunSelection, phase:str)->list: # of Entry
-    "The entries of the first stages' own reconstructions, where they were trained."
+    "Make the entries of the first stages' reconstructions, where first stages were trained."
     work = {f'{column}{end}' for column in ('day', 'step', 'epochs', 'training_seconds', 'budget')
             for end in ('', ' low', ' high')} # has a table of its own
     found = []
@@ -133,7 +133,7 @@ def _common_day_note(selection, models, day): # a sentence; none before a day wa
     return [f"Day {day} is the last that {names} reached{seeds}; each day adds one day's budget."]
 
 def phase2_entries(selection:RunSelection)->tuple: # (list of Entry, further models with runs)
-    "The models on the last day that all reached, further models, and published or released weights."
+    "Make the entries of the models on the last common day, of further models, and of published or released weights."
     models, day = all_models(selection), common_day(selection)
     entries, further = [], []
     for model in models:
@@ -166,7 +166,7 @@ def phase2_table(selection:RunSelection)->Table:
 # %% ../nbs/52_score_tables.ipynb #ca13614e
 JUDGE = 'EfficientNet-Lite2' # whose lines the table of judges always has
 
-def _judge_columns(frame): # column of metrics.csv -> MetricSpec; of networks beyond JUDGE those that were asked
+def _judge_columns(frame): # column of metrics.csv -> MetricSpec; of networks beyond JUDGE only those with scores
     specs, names = {}, [JUDGE]
     for column in frame:
         found = re.fullmatch(r'(?:FID|agreement) \((.*)\)', column)
@@ -178,7 +178,7 @@ def _judge_columns(frame): # column of metrics.csv -> MetricSpec; of networks be
             specs |= {column_name(metric, network): METRICS[metric] for network in names for metric in ('FID', 'KID')}
     return specs
 
-def _without_judges(entry, specs): # an entry that has none of the columns was not run by the judges
+def _without_judges(entry, specs): # an entry that has none of the columns was not scored by the judges
     scored = any(pd.notna(entry.numbers.get(column, np.nan)) for column in specs)
     return entry if scored else replace(entry, status='not run')
 
@@ -204,7 +204,7 @@ def _fool_rate_notes(answers):
 
 # %% ../nbs/52_score_tables.ipynb #511e9d5c
 def judges_table(selection:RunSelection)->Table:
-    "Compare the models of phase 2 by the judges that are no daily scores."
+    "Compare the models of phase 2 by the scores that are measured only after the last day."
     entries, further = phase2_entries(selection)
     entries += baseline_entries(selection, 'phase2')[:1] # the gray image; photographs would be judged by themselves
     frame, network_name = pd.DataFrame([e.row() for e in entries]), selection_network(selection)
@@ -248,7 +248,7 @@ class Training:
     work:dict=field(default_factory=dict) # column -> value
 
     def row(self)->dict:
-        "The line as a row of the frame."
+        "Return the line as a row of the frame."
         named = {n: getattr(self, n) for n in ('entry', 'model', 'component', 'phase', 'variant', 'status', 'budget')}
         return named | {WORK_COLUMN: self.paper} | self.work
 
@@ -279,13 +279,13 @@ def _times_resumed(run): # nan where the log was not kept
 
 # %% ../nbs/52_score_tables.ipynb #52a10008
 def training_rows(selection:RunSelection)->list: # of Training
-    "List the training runs of each model: variants and days, then components. What a model lacks is one line."
+    "List the training runs of each model: variants and days, then components; one line for each that was not run."
     every = []
     for model in (*all_models(selection), *extra_models(selection)):
         for phase in PHASES:
             every += [*_model_training(selection, model, phase), *_component_training(selection, model, phase)]
     further = extra_models(selection)
-    every = [t for t in every if t.status == 'run' or t.model not in further] # nobody expects runs of further models
+    every = [t for t in every if t.status == 'run' or t.model not in further] # further models only if run
     shared = {(t.component, t.phase): t for t in reversed(every) if t.component} # the first model that has it
     return [t for t in every if not t.component or t is shared[t.component, t.phase]]
 
