@@ -54,7 +54,7 @@ def _legend_above(fig, axes, title, columns):
                title_fontsize=9)
 
 # %% ../nbs/54_figures.ipynb #54a10002
-def _draw_models(ax, column, models): # a line with its band, a model
+def _draw_models(ax, column, models): # a line with its band per model
     from seaborn import lineplot # which loads SciPy's statistics: only when curves are drawn
     for color, (model, table) in zip(COLORS, models.items()):
         if column not in table:
@@ -87,7 +87,7 @@ def _label_panel(ax, name, column, models):
 
 # %% ../nbs/54_figures.ipynb #51ee7b33
 def figure7(selection:RunSelection):# -> matplotlib Figure
-    "Draw four metrics over the days of phase 2: all models, the baselines, and models that came trained."
+    "Draw four metrics over the days of phase 2: all models, the baselines, pre-trained and released weights."
     network_name, models = selection_network(selection), all_models(selection)
     curves = {model_name(m): _with_spread(daily_scores(selection, 'phase2', m)) for m in models}
     baselines = {name: selection.find('phase2', 'baseline', subject) for subject, name in BASELINES.items()}
@@ -217,7 +217,7 @@ def _fid_line(row, network_name): # for the title of a column
     fid = format_value(row, column_name('FID', network_name), METRICS['FID'].format)
     return f'\nFID {fid}'.replace(' [', '\n[')
 
-def _trained_samples(selection, model): # a column for weights that came trained, where there are any
+def _trained_samples(selection, model): # a column for pre-trained and one for released weights, where there are any
     columns, network_name = {}, selection_network(selection)
     for variant, word in TRAINED_BEFORE.items():
         if run := selection.find('phase2', model, variant):
