@@ -26,7 +26,7 @@ from .time_tables import stage_times
 # %% ../nbs/55_verdict.ipynb #f5d2de5a
 @dataclass(frozen=True)
 class Verdict:
-    "Who is best by one measure."
+    "The best model by one measure, and whether the intervals decide it."
     by:str # the measure, e.g. 'FID (EfficientNet-Lite0)'
     sentence:str
     leader:str # name of the model; None where no model has runs
@@ -47,7 +47,7 @@ def verdict(
     spec:str='.4g', # format of the numbers
     not_run=(), # names of models without runs
 )->Verdict:
-    "Decide who is best by one measure, if the intervals allow it."
+    "Decide which model is best by one measure, if the intervals allow it."
     rest = f" Not run: {', '.join(not_run)}." if not_run else ''
     if not scores:
         return Verdict(by, f'By {by}: not decided, no model has runs.{rest}', None, False)
@@ -73,7 +73,7 @@ def judge_hypothesis(
     champion:str, # the model that the hypothesis calls best
     not_run=(), # names of models without runs
 )->str:
-    "Say what the verdicts mean for the hypothesis."
+    "State what the verdicts mean for the hypothesis."
     hypothesis, total = f'The hypothesis, "{HYPOTHESIS["text"]}", is', len(quality) + 1
     if champion in not_run:
         return f'{hypothesis} not decided: {champion} was not run.'
@@ -98,7 +98,7 @@ def compare_with_gray(
     gray:tuple, # (value, low, high) of the gray image
     spec:str='.4g', # format of the numbers
 )->str:
-    "Say whether a model beats the image that adds nothing."
+    "State whether a model beats the gray image, which adds no color."
     numbers = f'{_interval_text(score, spec)} against {_interval_text(gray, spec)}'
     if _is_better(score, gray, lower=True):
         return f'{name} beats the gray image by {by}: {numbers}.'
@@ -187,25 +187,25 @@ class Answers:
 
     @property
     def network_name(self)->str: # '' where nothing was scored
-        "The feature network of the scores."
+        "Return the feature network of the scores."
         found = [re.fullmatch(r'FID \((.*)\)', column) for column in self.scores]
         return next((match[1] for match in found if match), '')
 
     @property
     def models(self)->list: # names, in alphabetical order
-        "The rivals that were scored."
+        "List the rivals that were scored."
         names = {architecture.title for architecture in ARCHITECTURES.values()}
         return sorted(name for name in self.scores.index[self.scores['status'] == 'run'] if name in names)
 
     @property
     def seconds(self)->pd.Series: # by name, of the rivals whose stages were all timed
-        "The seconds an image."
+        "Return the seconds per image, summed over stages."
         times = self.times.reindex(columns=['model', 'status', 'seconds_per_image'])
         timed = times.groupby('model').filter(lambda stages: (stages['status'] == 'run').all())
         return timed.groupby('model')['seconds_per_image'].sum().astype(float).rename(model_name)
 
 def answers_of(tables:dict)->Answers: # file name -> frame
-    "Take the frames of a page."
+    "Select the three frames of a page that the answer needs."
     by_entry = {name: tables[name].set_index('entry') for name in ('table_phase2', 'table_training')}
     return Answers(by_entry['table_phase2'], by_entry['table_training'], tables['table4'])
 
@@ -213,7 +213,7 @@ def answers_of(tables:dict)->Answers: # file name -> frame
 def _short(row, column, spec): # '72.7 ± 3.2'
     return format_value(row, column, spec).split(' (')[0]
 
-def _claim(answers): # who has the lowest FID
+def _claim(answers): # which model has the lowest FID
     fid, models = column_name('FID', answers.network_name), answers.models
     first, *others = answers.scores.loc[models, fid].sort_values().index
     shown = {name: _short(answers.scores.loc[name], fid, '.1f') for name in models}
@@ -259,7 +259,7 @@ def _where(answers): # ' on one core'; '' before a model was timed
         return f' on {device}' if device else ''
     return f" on {_word(int(threads[1]))} core{'s' if int(threads[1]) > 1 else ''}"
 
-def _caveat(answers): # what the numbers rest on
+def _caveat(answers): # how little training the numbers rest on
     shares = {}
     for name in answers.models:
         lines = answers.training[answers.training.index.str.startswith(f'{name}, phase 2: ')]
@@ -275,7 +275,7 @@ def _caveat(answers): # what the numbers rest on
 
 # %% ../nbs/55_verdict.ipynb #55b10005
 def answer_sentences(answers:Answers)->tuple: # (claim, whether it is decided and who is fastest, caveat)
-    "Answer the question of the study; a claim alone where no model was scored."
+    "Answer the question of the study; only the first sentence where no model was scored."
     if not answers.network_name or not answers.models:
         return 'No answer yet: no model was run.', '', ''
     detail = ' '.join(filter(None, (_decision(answers), _speed(answers))))
@@ -299,7 +299,7 @@ def _answer_row(answers, name): # strings
     return [*values, f'{answers.seconds[name]:.3f}' if name in answers.seconds else '']
 
 def answer_table(answers:Answers)->pd.DataFrame: # strings, an entry a row; empty where no model was scored
-    "Shorten the table of phase 2 to what the answer rests on."
+    "Shorten the table of phase 2 to the columns and entries that the answer needs."
     columns = ['FID', "FID, photograph's lightness", 'KID', 'PSNR', 'SSIM', 'chroma error', 'colorfulness', 'seconds']
     names = _shown_entries(answers) if answers.network_name and answers.models else []
     rows = [_answer_row(answers, name) for name in names]
@@ -308,7 +308,7 @@ def answer_table(answers:Answers)->pd.DataFrame: # strings, an entry a row; empt
 
 # %% ../nbs/55_verdict.ipynb #55b10007
 def answer_note(answers:Answers)->str: # '' where no model was scored
-    "Say how many photographs were scored, and how the seconds were measured."
+    "State how many photographs were scored, and how the seconds were measured."
     if not answers.network_name or not answers.models:
         return ''
     scored = f"Scored on {answers.scores.loc[answers.models, 'n'].max():.0f} test photographs."
