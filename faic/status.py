@@ -41,7 +41,7 @@ def phase_days(run:Run)->int:
 def was_interrupted(
     error:dict, # the content of error.json
 )->bool:
-    "Was the run stopped by Ctrl-C or SIGTERM, and not by an error?"
+    "Return whether Ctrl-C or SIGTERM stopped the run, and not an error."
     return error['error'] == 'KeyboardInterrupt' or error['message'].startswith('SIGTERM: ')
 
 def _stored_error(run): # the content of error.json; None where the run has none
@@ -67,7 +67,7 @@ def run_state(run:Run)->RunState:
 # %% ../nbs/56_status.ipynb #fed2c841
 @dataclass(frozen=True, order=True)
 class Work:
-    "How much training a run has behind it."
+    "How much a run has trained."
     step:int=0
     fraction:float=0. # of the budget, 0 to 1
     seconds:float=0. # of training; evaluations are not counted
@@ -89,7 +89,7 @@ def work_so_far(run:Run)->Work:
 # %% ../nbs/56_status.ipynb #fed2c843
 @dataclass(frozen=True)
 class Timing:
-    "What one run says about the duration of another with the same options; nan where it says nothing."
+    "Measured durations of one run, to predict another with the same options; nan where nothing was measured."
     step:float=math.nan # seconds per step
     evaluated:float=math.nan # seconds per scored photograph
     source:str='' # run and device
@@ -208,7 +208,7 @@ def run_scores(run:Run)->ScoreSummary: # None where nothing is scored
     return ScoreSummary(metric, last['day'], last[metric], best['day'], best[metric])
 
 def run_error(run:Run)->str: # None where nothing stopped it
-    "Return what stopped a run, as the training loop wrote it down; a running run has overcome it."
+    "Return the error that stopped a run, from its error.json; None where the run is running again."
     error = _stored_error(run)
     if error is None or is_locked(run.path):
         return None
