@@ -40,7 +40,7 @@ from .verdict import answer_note, answer_sentences, answer_table, answers_of, hy
 
 # %% ../nbs/57_results.ipynb #57a10005
 def data_name(data:str)->str: # 'embedded', or the folder's name
-    "What runs call their data: the parameter `data` without its path."
+    "Return the name under which runs record their data: the parameter `data` without its path."
     return data if data == 'embedded' else dataset_name(Path(data).expanduser().resolve())
 
 def results_folder(
@@ -48,7 +48,7 @@ def results_folder(
     data:str, # 'embedded', a folder, or its name
     gray_photographs:str='leave out', # or 'keep', whose page must not replace the other
 )->Path: # figures/<preset>[-<data name>][-gray-kept]
-    "Where the tables and figures of a preset and a data set lie."
+    "Return the folder for the tables and figures of a preset and a data set."
     names = [preset]
     names += [data_name(data)] if data != 'embedded' else []
     names += ['gray-kept'] if gray_photographs == 'keep' else []
@@ -58,7 +58,7 @@ def page_budgets(
     preset:str,
     budget:str='', # of a variant and of a day; '': the preset's
 )->dict: # (phase, model) -> budget of its runs
-    "The budgets that the runs of a page must have."
+    "List the budgets that the runs of a page must have."
     budgets = {}
     for model in PAPER_MODELS if budget == 'paper' else ARCHITECTURES: # the paper's days held no other model
         days = day_budget(preset, budget, model, 'phase2')*DAYS
@@ -68,7 +68,7 @@ def page_budgets(
 
 # %% ../nbs/57_results.ipynb #57a10008
 def count_colorizer(model:str, preset:str, latent:str='')->int:
-    "Count the parameters of the network that colorizes, without making it."
+    "Count the parameters of the network that colorizes, without allocating them."
     with torch.device('meta'):
         networks = make_trainee(model, model_options(model, preset, latent=latent)).networks()
     network = networks.get('G') or networks['net']
@@ -90,7 +90,7 @@ def network_sizes(selection:RunSelection)->dict: # model or component -> paramet
 
 # %% ../nbs/57_results.ipynb #57a1000a
 def further_models(selection:RunSelection)->list: # names of architectures
-    "The models on a page that the paper did not train."
+    "List the models on a page that the paper did not train."
     return [model for model in all_models(selection) if model not in PAPER_MODELS]
 
 def page_tables(selection:RunSelection)->dict: # file name -> Table
@@ -122,7 +122,7 @@ def own_drawings(
     preset:str,
     models=PAPER_MODELS, # names of architectures
 )->dict: # file name -> function without arguments that draws the figure
-    "The figures that architectures have of themselves, at the preset's size: Figures 1 and 3, in the paper."
+    "List the drawings of the architectures at the preset's size; for the paper's models, Figures 1 and 3."
     rgb, gray = _free_photograph()
     drawings = {}
     for model in models:
@@ -132,12 +132,12 @@ def own_drawings(
     return drawings
 
 def draw_graphs():# -> matplotlib Figure
-    "Figure 2: the directed graphs of DDPM and BBDM."
+    "Draw Figure 2: the directed graphs of DDPM and BBDM."
     return figure2(*_free_photograph(), Bridge(), generator=make_generator(0))
 
 # %% ../nbs/57_results.ipynb #57a1000d
 def page_drawings(selection:RunSelection)->dict: # file name -> function without arguments that draws the figure
-    "The figures of a page, to be drawn one after the other."
+    "List the figures of a page as functions, so that each is drawn, saved and closed before the next."
     drawings = own_drawings(selection.preset, all_models(selection)) | dict(figure2=draw_graphs)
     drawings = dict(sorted(drawings.items()))
     for number in PAPER_FIGURES: # 4 to 6, 8 to 10
@@ -201,10 +201,10 @@ def first_rows(
 def draw_speed(
     ax, # of Matplotlib
     curves:dict, # name -> DataFrame with the metric's columns, the last row of which is drawn; empty: not run
-    seconds, # Series: name -> seconds an image
+    seconds, # Series: name -> seconds per image
     column:str, # of the metric
 ):
-    "Draw the quality of each model against the time of an answer."
+    "Draw the quality of each model against the time to colorize a photograph."
     from matplotlib.ticker import FormatStrFormatter
     for color, (name, table) in zip(COLORS, curves.items()):
         if name in seconds and column in table:
@@ -258,7 +258,7 @@ def draw_report(
     tables:dict, # file name -> Table, see page_tables
     folder:Path, # of the pictures
 ):# -> matplotlib Figure
-    "Draw the page for those who print."
+    "Draw the page to print."
     answers, page = answers_of({name: table.frame for name, table in tables.items()}), sheet()
     claim, detail, caveat = answer_sentences(answers)
     table = answer_table(answers)
