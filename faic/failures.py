@@ -41,7 +41,7 @@ from .tables import BASELINES, Entry, Table, save_table, score_view
 # %% ../nbs/58_failures.ipynb #58a10005
 @dataclass(frozen=True)
 class FailureStudy:
-    "The trained models that are looked at, and the photographs."
+    "The trained models to examine, and the photographs."
     preset:str
     seed:int
     device:torch.device
@@ -52,7 +52,7 @@ class FailureStudy:
 
     @property
     def footer(self)->str:
-        "Preset, data, seed and runs behind a table or figure."
+        "Name preset, data, seed and runs behind a table or figure."
         photos, runs = self.photos, ', '.join(run.path.name for run in self.runs.values())
         size = f"{len(photos.splits['test'])} test images, {photos.side}x{photos.side}"
         data = f'{photos.name} ({size}, fingerprint {photos.fingerprint[:6]})'
@@ -97,7 +97,7 @@ def _trained_latents(model, preset, seed): # the preset's first
 # %% ../nbs/58_failures.ipynb #58a10007
 @dataclass(frozen=True)
 class Model:
-    "A model with certain weights, ready to colorize."
+    "A model with its weights, ready to colorize."
     run:Run
     trainee:object # with its networks
     colorize:object # function (gray, generators) -> rgb
@@ -107,7 +107,7 @@ def load_model(
     run:Run,
     weights:Path=None, # None: the initial weights of the same seed, on trained components
 )->Model:
-    "Load a model as the tables sample it."
+    "Load a model with the sampling that the tables use."
     options, sampling = run.options, default_sampling(run.options['model'], study.preset)
     components = find_components(run, sampling, study.device)
     trainee = make_trainee(options['model'], options['train'], options['seed'], components)
@@ -143,7 +143,7 @@ def model_answers(study:FailureStudy, model:Model, photos:Photos, rows)->Tensor:
     return answers(study, model.colorize, photos, rows, model.trainee.gray_kind)
 
 def true_colors(photos:Photos, rows)->Tensor: # (n,3,H,W) uint8
-    "The photographs themselves."
+    "Return the photographs themselves."
     return torch.tensor(np.array(photos.array[rows])).permute(0, 3, 1, 2)
 
 # %% ../nbs/58_failures.ipynb #58a1000a
@@ -193,7 +193,7 @@ def learning_sentences(
     fid:pd.Series, # by entry of the untrained table
     names, # of the models
 )->list: # of sentences
-    "Say which models have a lower FID than the gray image and than their untrained selves."
+    "State which models have a lower FID than the gray image and than their untrained selves."
     sentences = []
     for name in names:
         for words, end in (('', ''), (" with the photograph's lightness", ', lightness photograph')):
@@ -210,16 +210,16 @@ def learning_sentences(
 
 # %% ../nbs/58_failures.ipynb #58a1000f
 def fixed_share(ab:Tensor)->float: # (n,2,H,W); 0 for gray images, which have no color to share
-    "The share of the variance of color that is the same in every image."
+    "Compute the share of the variance of color that is the same in every image."
     return float(ab.mean(0).var((1, 2)).mean()/ab.var((0, 2, 3)).mean().clamp(min=1.))
 
-def _chroma(lab): # mean length of (a, b), an image
+def _chroma(lab): # mean length of (a, b), per image
     return lab[:, 1:].square().sum(1).sqrt().mean((1, 2))
 
-def _steps(x): # mean difference between neighboring pixels, an image
+def _steps(x): # mean difference between neighboring pixels, per image
     return sum(x.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (2, 3))
 
-def _median_share(fake, real): # of two values an image
+def _median_share(fake, real): # of two values per image
     return float((fake/real.clamp(min=1e-3)).median())
 
 # %% ../nbs/58_failures.ipynb #58a10010
@@ -227,7 +227,7 @@ def kinds_of_errors(
     fake:Tensor, # (n,3,H,W) uint8
     real:Tensor, # (n,3,H,W) uint8
 )->tuple: # ((n,) chroma errors, {kind: value of the set})
-    "Take the errors of colorized photographs apart."
+    "Separate the kinds of errors of colorized photographs."
     f, r = (rgb_to_lab(x.float()/255) for x in (fake, real))
     chroma = image_scores(fake.float()/255, real.float()/255)['chroma error']
     lightness_loss = (f[:, :1] - r[:, :1]).square().mean((1, 2, 3)).clamp(min=1e-2)
@@ -274,7 +274,7 @@ def errors_table(
     return save_table(table, study.folder, 'table_errors')
 
 def errors_rows(study:FailureStudy, images:int)->np.ndarray: # rows of the photographs
-    "The test photographs that kinds of errors are measured on, evenly spread."
+    "Choose the test photographs on which kinds of errors are measured, evenly spread."
     test = study.photos.splits['test']
     return test[sample_rows(len(test), images)]
 
@@ -287,7 +287,7 @@ def free_answers(study:FailureStudy, models:dict)->dict: # name -> (n,3,H,W) uin
     return made | {BASELINES['gray']: answers(study, gray_baseline, study.free, every)}
 
 def free_errors(study:FailureStudy, made:dict)->pd.DataFrame: # a row a photograph, a column a model
-    "The chroma error of each model on each free photograph."
+    "Compute the chroma error of each model on each free photograph."
     truth = true_colors(study.free, np.arange(len(study.free.array))).float()/255
     return pd.DataFrame({name: image_scores(x.float()/255, truth)['chroma error'] for name, x in made.items()})
 
@@ -297,7 +297,7 @@ def worst_rows(
     scenes:pd.Series, # the scene of each photograph
     most:int=4, # scenes
 )->np.ndarray: # of photographs, the worst first
-    "The worst photograph of each of the worst scenes."
+    "Find the worst photograph of each of the worst scenes."
     worst = errors.groupby(scenes).idxmax()
     return errors[worst].sort_values(ascending=False).index[:most].to_numpy()
 
@@ -305,7 +305,7 @@ def _pixels(x, rows): # for a grid of samples
     return x[rows].permute(0, 2, 3, 1).numpy()
 
 def draw_worst(study:FailureStudy, name:str, made:dict, errors:pd.DataFrame):# -> matplotlib Figure
-    "Show the free photographs on which a model errs most, with the other models' answers."
+    "Show the free photographs on which a model errs most, with the other models' pictures."
     scenes = study.free.manifest['file']
     licensed = scenes.map(has_license)
     rows = worst_rows(errors[name][licensed], scenes[licensed])
@@ -324,11 +324,11 @@ def save_worst(study:FailureStudy, made:dict, errors:pd.DataFrame)->list: # of p
 
 # %% ../nbs/58_failures.ipynb #58a1001b
 def day_weights(run:Run)->dict: # 'day 1' -> (run, file)
-    "The weights of each day of phase 2."
+    "List the weights of each day of phase 2."
     return {f'day {day}': (run, run.path/f'day-{day}.safetensors') for day in range(1, last_day(run)[0] + 1)}
 
 def variant_weights(study:FailureStudy, model:str)->dict: # variant -> (run, file)
-    "The weights of each variant of phase 1 that was trained on these photographs."
+    "List the weights of each variant of phase 1 that was trained on these photographs."
     tried = {}
     for run in read_runs(phase='phase1', model=model, preset=study.preset, seed=study.seed):
         same_data = run.options['data']['fingerprint'] == study.photos.fingerprint
@@ -341,7 +341,7 @@ def draw_versions(
     weights:dict, # title -> (run, file)
     title:str,
 ):# -> matplotlib Figure
-    "Show one free photograph of each scene as several weights colorize it."
+    "Show one free photograph of each scene, colorized with each of several weights."
     manifest = study.free.manifest
     licensed = manifest[manifest['file'].map(has_license)]
     rows = licensed.groupby('file', sort=False)['row'].nth(5).to_numpy()
@@ -371,7 +371,7 @@ def save_versions(study:FailureStudy)->list: # of paths
 
 # %% ../nbs/58_failures.ipynb #58a1001e
 def mean_picture(ab:Tensor)->np.ndarray: # (n,2,H,W) -> (1,H,W,3) uint8
-    "The mean color of each place, under one lightness."
+    "Draw the mean color of each pixel over all images, with one lightness."
     mean = ab.mean(0, keepdim=True)
     lab = torch.cat([torch.full_like(mean[:, :1], 65.), mean], 1)
     return to_uint8(lab_to_rgb(lab)).permute(0, 2, 3, 1).numpy()
