@@ -61,7 +61,7 @@ def latent_of(
     model:str,
     parameters, # checked, see notebook_parameters
 )->str: # '': the preset's
-    "The space that the parameters ask for, of a model that has it."
+    "Return the space that the parameters ask for, or '' for a model that does not have it."
     return parameters.latent if parameters.latent in find_architecture(model).latents else ''
 
 def untrained_components(
@@ -70,7 +70,7 @@ def untrained_components(
     latent:str='', # see components_of
     decoder:str='', # see components_of
 )->dict: # name -> network
-    "The components of a model with initial weights."
+    "Make the components of a model with initial weights."
     networks = {}
     for name in components_of(model, latent, preset=preset, decoder=decoder):
         networks[name] = make_trainee(name, model_options(name, preset)).networks()['net'].eval()
@@ -81,7 +81,7 @@ def open_model(
     parameters, # checked, see notebook_parameters
     photos:Photos,
 )->TimedModel: # on the CPU
-    "The newest trained run of a model on these photographs, or an untrained network."
+    "Load the newest trained run of a model on these photographs, or make an untrained network."
     p = parameters
     run = newest_run(model, p.preset, p.seed, photos, latent_of(model, p))
     if run and run.options.get('first_stage', '').startswith('given'):
@@ -127,7 +127,7 @@ def keep_times(
     photos:Photos,
     device,
 )->Run:
-    "Write times into the run folder of this benchmark; a new measurement replaces the old one."
+    "Write the times into the run folder of this benchmark; a new measurement replaces the old one."
     p = parameters
     options = dict(phase='inference', model=timed.model, preset=p.preset, seed=p.seed, sampling=timed.sampling,
                    device=str(device), data=data_identity(photos))
@@ -188,7 +188,7 @@ def training_table(
     precisions:list,
     device,
 )->pd.DataFrame: # by model, latents, precision and batch size
-    "Training steps of architectures and their components."
+    "Time the training steps of architectures and their components."
     asked = []
     for model in models:
         components = components_of(model, latent_of(model, parameters), preset=parameters.preset)
@@ -208,7 +208,7 @@ def compare_precisions(
     rates:dict, # precision -> FLOP/s
     device,
 )->str: # a sentence
-    "How far answers in bfloat16 are from those in float32."
+    "Measure how far pictures computed in bfloat16 are from those in float32."
     if rates['bfloat16'] < .1*rates['float32']:
         return 'This machine only imitates bfloat16, many times slower than float32: not compared.'
     quick = device.type == 'cuda' or photos.side <= 64
@@ -233,7 +233,7 @@ def fewer_photos(
     photos:Photos,
     most:int, # of each scored split
 )->Photos: # with a fingerprint of its own, so that features of fewer photographs are stored apart
-    "The photographs of the curve."
+    "Select the photographs on which numbers of sampling steps are scored."
     few = {n: photos.splits[n][sample_rows(len(photos.splits[n]), most)] for n in ('validation', 'test')}
     if all(len(rows) == len(photos.splits[n]) for n, rows in few.items()):
         return photos # whose features may be stored already
@@ -287,7 +287,7 @@ def score_steps(
 # %% ../nbs/59_inference.ipynb #8ded9dab
 @dataclass(frozen=True)
 class InferenceTimes:
-    "What the benchmark found."
+    "The results of the benchmark."
     rates:dict # precision -> FLOP/s of large matrix products
     times:pd.DataFrame # by model, stage, precision and batch size
     training:pd.DataFrame # by model, latents, precision and batch size
