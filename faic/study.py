@@ -30,7 +30,7 @@ def plan(
     seeds:int=1,
     preset:str='smoke',
 )->list: # (notebook, parameters, weight in the study's bar)
-    "The notebooks in their order; a weight is a typical share of the time: 1 per budget, 1/2 per component."
+    "List the notebooks in order; a weight is a typical share of the time: 1 per budget, 1/2 per component."
     steps = []
     for model in models:
         components = len(components_of(model, preset=preset))/2
@@ -43,7 +43,7 @@ def plan(
 
 # %% ../nbs/60_study.ipynb #05401c06
 def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not there
-    "The folder of a study's executed notebooks."
+    "Return the folder of a study's executed notebooks."
     return require_writable(runs_dir()/f'study-{preset}-{data_name(data)}-s{seed}', 'FAIC_RUNS')
 
 def notebook_path(name:str)->Path: # e.g. of 'phase1'; ValueError where it is missing
@@ -55,7 +55,7 @@ def notebook_path(name:str)->Path: # e.g. of 'phase1'; ValueError where it is mi
     return file
 
 def executed_path(name:str, parameters:dict, folder:Path)->Path:
-    "Where run_notebook leaves an executed notebook."
+    "Return the path where run_notebook writes an executed notebook."
     keys = ('model', 'variants', 'latent', 'first_stage', 'decoder', 'only_seed')
     telling = [str(parameters[k]) for k in keys if k in parameters]
     return folder/('-'.join([name, *telling]).replace('/', '_') + '.ipynb')
@@ -72,7 +72,7 @@ class TaskBar:
                         bar_format='{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {elapsed}<{remaining}')
 
     def refresh(self)->float: # weight of what is done
-        "Read the mirror."
+        "Update the bar from the mirror."
         if not self.name:
             return 0.
         fraction, inner = _mirrored(self.mirror)
@@ -106,26 +106,26 @@ class StudyProgress:
                 bar.refresh()
 
     def start(self, name:str, weight:float)->TaskBar: # a free one
-        "A notebook begins."
+        "Give a notebook that begins a free bar."
         task = next(t for t in self.tasks if not t.name)
         task.name, task.weight = name, weight
         return task
 
     def finish(self, task:TaskBar):
-        "A notebook is done."
+        "Count a notebook as done and free its bar."
         self.done += task.weight
         task.name, task.weight = '', 0.
         task.bar.clear()
 
     def close(self):
-        "Leave the study's bar on the terminal."
+        "Close all bars; the study's stays on the terminal."
         for task in self.tasks:
             task.bar.close()
         self.study.close()
 
 # %% ../nbs/60_study.ipynb #01fb13fa
 def kernel_manager()->type:
-    "A manager of kernels of this interpreter; a kernel that is stopped in its work gets half an hour to save."
+    "Make a manager of kernels of this interpreter; a kernel that is stopped while busy has half an hour to save."
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -142,7 +142,7 @@ def kernel_environment(
     name:str, # of the notebook
     mirror:Path=None, # file for its bars
 )->dict: # variable -> value
-    "The variables that a notebook's kernel gets: this code, these folders, no warnings."
+    "Collect the environment variables of a notebook's kernel: this code, these folders, no warnings."
     variables = {variable: str(folder) for variable, folder in result_folders().items()}
     variables |= dict(PYTHONWARNINGS='ignore', FAIC_NOTEBOOK=name)
     if clone_root():
@@ -206,7 +206,7 @@ def run_notebook(
 def chains_of(
     steps:list, # of plan
 )->tuple: # chains that may run side by side, and the steps that wait for all of them
-    "The notebooks of a model must run in their order; the models do not wait for each other."
+    "Divide notebooks into one chain per model, and those that wait for every chain."
     chains, last = {}, []
     for step in steps:
         chain = chains.setdefault(step[1]['model'], []) if 'model' in step[1] else last
@@ -219,7 +219,7 @@ def side_by_side_default(
     budget:str, # of the study; '': the preset's
     device:str='cpu', # type of the device that the notebooks will use
 )->int:
-    "How many notebooks run side by side: one a free core where budgets count steps, otherwise one."
+    "Decide how many notebooks run side by side: one per free core where budgets count steps, otherwise one."
     p = PRESETS[preset]
     budgets = [budget or p.budget, *(b for both in p.components.values() for b in both)]
     return 1 if device != 'cpu' or any('hour' in b for b in budgets) else free_cores()
@@ -229,7 +229,7 @@ def side_by_side_default(
 class _Running:
     "A notebook that runs in a process of its own."
     name:str
-    chain:list # it, and what waits for it
+    chain:list # the notebook, and those that wait for it
     task:TaskBar
     process:BaseProcess
     failure:Connection # gets the reason where it fails
@@ -278,7 +278,7 @@ def run_chains(
     folder:Path, # gets the executed notebooks
     variables:dict={}, # of the environment
 ):
-    "Run notebooks in processes of their own; SystemExit with the first one's reason stops the others."
+    "Run notebooks in processes of their own; if one fails, stop the others and raise SystemExit with its reason."
     waiting, running = list(chains), []
     try:
         while waiting or running:
@@ -346,7 +346,7 @@ class Terminated(KeyboardInterrupt):
 def exit_on_signal(
     work, # function without arguments
 ): # what it returns
-    "Do something; end with 130 after SIGINT and with 143 after SIGTERM, and say that everything is saved."
+    "Call a function; exit with 130 after SIGINT and with 143 after SIGTERM, and print that the command continues."
     def end(number, frame):
         raise Terminated
     signal.signal(signal.SIGTERM, end)
