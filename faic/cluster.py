@@ -28,7 +28,7 @@ def _is_kernel(process): # of psutil; is it a notebook's kernel?
 
 def stop_kernels(
     process:int, # id; the kernels of notebooks are among its descendants
-    asked=frozenset(), # ids that got the signal before: a second one would stop them before they have saved
+    asked=frozenset(), # ids that already got the signal: a second one would stop them before they have saved
 )->set: # ids of all that got the signal
     "Ask the notebooks below a process to save and end."
     import psutil
@@ -46,7 +46,7 @@ def stop_kernels(
 GRACE = 600 # seconds between SLURM's warning and the end: time to write a checkpoint of some GB
 
 class NotebookJob:
-    "A job as submitit runs it: a call executes the notebook; `checkpoint` stops it and returns what continues it."
+    "A job for submitit: a call executes the notebook; `checkpoint` stops it and returns a job that continues it."
     def __init__(self,
         job:Job,
         folder:Path, # gets the executed notebook
@@ -81,7 +81,7 @@ def run_jobs(
     slots:list, # e.g. [0, 1]; as many jobs run at a time
     start, # function (job, slot) -> handle with done() and exception()
     log=print, # function of a line of text
-    pause:float=2., # seconds between two looks
+    pause:float=2., # seconds between two checks
 )->dict: # job's name -> '' where it is done, else why not
     "Run jobs in the order of their dependencies, each in a slot of its own."
     schedule = _Schedule(list(jobs), list(slots), start, log)
@@ -131,7 +131,7 @@ class _Schedule:
 
 # %% ../nbs/62_cluster.ipynb #0af38005
 def last_error_line(error:str)->str:
-    "Return the last line of submitit's trace, or of a notebook's error the line before its path."
+    "Return the last line of submitit's trace; of a notebook's error, the line before its path."
     rule = '-'*22 # submitit encloses the trace in two of them
     trace = error.split(rule)[1] if error.count(rule) == 2 else error
     lines = [line for line in trace.splitlines() if line.strip() and not line.startswith('The whole notebook: ')]
@@ -140,7 +140,7 @@ def last_error_line(error:str)->str:
 # %% ../nbs/62_cluster.ipynb #9ac689c7
 def run_local(
     jobs:list, # of Job
-    slots:list, # numbers of GPUs, or None for places on the processors
+    slots:list, # numbers of GPUs, or None for a share of the CPU cores
     logs:Path, # folder for submitit's files; new, as its names are process ids
 )->dict: # job's name -> '' where it is done, else why not
     "Run jobs on this machine; Ctrl-C lets the running ones save and end."
@@ -175,14 +175,14 @@ def _stop(handles): # of submitit; waits until the last one has ended
 # %% ../nbs/62_cluster.ipynb #9ac689c8
 def local_slots(
     gpus:str='', # comma list, or '': all that torch sees
-    at_once:int=0, # places on the processors instead
-)->list: # numbers of GPUs, or None for each place on the processors
+    at_once:int=0, # jobs at a time on the CPU cores instead
+)->list: # numbers of GPUs, or None for each share of the CPU cores
     "Decide how many jobs may run here at a time, and where."
     if gpus:
         return [int(g) for g in gpus.split(',')]
     visible = [int(g) for g in (os.environ.get('CUDA_VISIBLE_DEVICES') or '').split(',') if g]
     slots = [None]*at_once or visible or list(range(torch.cuda.device_count())) or [None]
-    if slots.count(None) > 1: # threads that wait for each other's cores would cost more than they bring
+    if slots.count(None) > 1: # more threads than cores would slow each other down
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count()//len(slots))))
     return slots
 
@@ -214,12 +214,12 @@ def slurm_minutes(
 # %% ../nbs/62_cluster.ipynb #cb03a3b6
 def sbatch_options(
     job:Job,
-    time:str='1-00:00:00', # the limit of one stretch
+    time:str='1-00:00:00', # the limit of a job between two requeues
     cpus_per_task:int=8,
     mem:str='64G',
     extra:dict={}, # further options of sbatch, e.g. partition, account, qos, constraint
 )->dict: # as submitit names them
-    "Collect what a job asks SLURM for."
+    "Collect the resources and options that a job requests from SLURM."
     extra = {'requeue': True, 'kill-on-invalid-dep': 'yes'} | extra
     options = dict(job_name=f'faic-{job.name}', time=slurm_minutes(time), cpus_per_task=cpus_per_task, mem=mem,
                    signal_delay_s=GRACE, additional_parameters=extra)
@@ -247,7 +247,7 @@ def submit_slurm(
     return numbers
 
 def depends(job:Job, numbers:dict): # 'afterok:17:18'; None where it waits for nothing
-    "Return a job's --dependency."
+    "Return the value of a job's --dependency."
     if not job.depends_on:
         return None
     return ':'.join([job.dependency, *(str(numbers[name]) for name in job.depends_on)])
@@ -257,7 +257,7 @@ def describe_sbatch(
     jobs:list, # of Job
     options:dict={}, # of sbatch_options
 )->str:
-    "List the options that each job hands to sbatch, those that all share first."
+    "List the options that each job passes to sbatch, with those that all jobs share first."
     each = [_sbatch_flags(job, options) for job in jobs]
     shared = [flag for flag in each[0] if all(flag in flags for flags in each)]
     lines = ['sbatch, all jobs: ' + ' '.join(shared)]
@@ -290,7 +290,7 @@ class ClusterOptions:
     gray_photographs:str # 'leave out' or 'keep'
     on:str # 'local' or 'slurm'
     gpus:str # comma list; '': all that torch sees
-    at_once:int # places on the processors instead
+    at_once:int # jobs at a time on the CPU cores instead
     sbatch:dict # arguments of sbatch_options
 
     def jobs(self)->list: # of Job
@@ -309,7 +309,7 @@ def cluster_options(*,
     gray_photographs:str='leave out', # that are gray themselves, of the scored ones; or 'keep'
     on:str='local', # or 'slurm'
     gpus:str='', # local: comma list of GPUs, one job at a time on each; '': all that torch sees
-    at_once:int=0, # local: places on the processors instead of GPUs
+    at_once:int=0, # local: jobs at a time on the CPU cores instead of GPUs
     partition=None, account=None, qos=None, # of SLURM, as sbatch names them
     time=None, mem=None, cpus_per_task=None, # of sbatch_options; None: its defaults
     slurm_extra=(), # further options of sbatch, e.g. 'constraint=h100'
@@ -354,12 +354,12 @@ def _key_values(texts): # ['constraint=h100'] -> {'constraint': 'h100'}
 
 # %% ../nbs/62_cluster.ipynb #8fc9fbd6
 def plan_cluster(options:ClusterOptions)->str:
-    "Describe the dry run: jobs, hours, disk and what sbatch would get."
+    "Describe the dry run: jobs, hours, disk and options of sbatch."
     jobs = options.jobs()
     return describe_plan(jobs, options.preset, options.data) + '\n\n' + describe_sbatch(jobs, options.sbatch)
 
 def run_cluster(options:ClusterOptions): # SystemExit where a job is not done or not submitted
-    "Run all jobs here, or submit them to SLURM, and print what became of each."
+    "Run all jobs here, or submit them to SLURM, and print the outcome of each."
     try:
         import submitit # noqa: F401
     except ImportError:
