@@ -99,7 +99,7 @@ def _run_notebook(name, parameters):
     known = (parameters.get(k, default) for k, default in (('preset', 'smoke'), ('data', 'embedded'), ('seed', 0)))
     preset, data, seed = known
     folder = study_folder(preset, data, int(seed))
-    if rank: # other processes of the same notebook keep theirs apart
+    if rank: # each further process of the same notebook has its own folder
         folder = folder/f'process-{rank}'
         folder.mkdir(exist_ok=True)
     bars = os.environ.get('FAIC_PROGRESS')
@@ -205,7 +205,7 @@ def colorize(photo, parameters, **given):
         raise SystemExit(1)
 
 # %% ../nbs/69_cli.ipynb #58b9e058
-def _report_photograph(file, targets, reason): # without breaking the bar
+def _report_photograph(file, targets, reason): # above the progress bar
     from faic.core import ProgressBar, printable
     with ProgressBar.external_write_mode():
         for target in targets:
