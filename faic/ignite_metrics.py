@@ -18,7 +18,7 @@ from .metrics import (FeatureStats, _check_features, _checked_probabilities, _ch
 
 # %% ../nbs/71_ignite_metrics.ipynb #6f43e4d7
 class _MeanOverImages(Metric):
-    "The mean of `_scores`, which a subclass defines: (B,3,H,W) fake and real -> (B,)."
+    "The mean over images of `_scores`, which a subclass defines: (B,3,H,W) fake and real -> (B,)."
     def reset(self):
         self._total = torch.zeros((), dtype=torch.float64, device=self._device)
         self._count = 0
