@@ -174,7 +174,7 @@ def _unchecked(value):
     return value
 
 def _space_checks(architecture, namespace):
-    "The checks of `latent`, `first_stage` and `pretrained` for one architecture."
+    "Make the checks of `latent`, `first_stage`, `decoder` and `pretrained` for one architecture."
     preset = namespace.get('preset') if namespace.get('preset') in PRESETS else None
     checks = dict(latent=_nothing, first_stage=_nothing, pretrained=_nothing, decoder=_nothing)
     if architecture.latents:
