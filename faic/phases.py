@@ -265,7 +265,7 @@ def score_released(p, place:Workplace)->Run: # None where they are of another si
 # %% ../nbs/49_phases.ipynb #2cd50a4d
 def compare_days(
     runs:list, # of Run
-    sampling_names:list, # one a run
+    sampling_names:list, # one per run
     trained:dict, # name -> Run, of external and released weights
     several_seeds:bool,
     network_name:str,
