@@ -195,7 +195,7 @@ def format_value(
 PHOTOGRAPHS_L = ", photograph's L" # ends the name of a line in which every entry has the photograph's lightness
 
 def _columns_and_second_rows(entries):
-    "The entries that are columns, and for each the row of its second line; no rows where every model copies lightness."
+    "Split entries into columns and the rows of second lines; no rows where every model copies lightness."
     entries = {e.title: e for e in entries}.values()
     copied = {(e.name, e.other_sampling): e for e in entries if e.other_lightness == 'photograph'}
     own = {(e.name, e.other_sampling) for e in entries if e.other_lightness != 'photograph'}
