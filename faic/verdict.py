@@ -107,8 +107,8 @@ def compare_with_gray(
     return f'{name} against the gray image: not decided by {by}: {numbers}.'
 
 # %% ../nbs/55_verdict.ipynb #6e36fa8c
-def model_seconds(selection:RunSelection)->dict: # name -> (seconds an image, low, high), of models timed in all stages
-    "Sum each model's seconds an image over its stages; the interval is nan unless every stage has one."
+def model_seconds(selection:RunSelection)->dict: # name -> (seconds per image, low, high), of models timed in all stages
+    "Sum each model's seconds per image over its stages; the interval is nan unless every stage has one."
     ends = ['seconds_per_image', 'seconds_per_image low', 'seconds_per_image high']
     frame = stage_times(selection).reindex(columns=['model', 'status', *ends])
     frame = frame[frame['model'].isin(all_models(selection))]
