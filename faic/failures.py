@@ -286,7 +286,7 @@ def free_answers(study:FailureStudy, models:dict)->dict: # name -> (n,3,H,W) uin
         made[name] = model_answers(study, model, study.free, every)
     return made | {BASELINES['gray']: answers(study, gray_baseline, study.free, every)}
 
-def free_errors(study:FailureStudy, made:dict)->pd.DataFrame: # a row a photograph, a column a model
+def free_errors(study:FailureStudy, made:dict)->pd.DataFrame: # a row per photograph, a column per model
     "Compute the chroma error of each model on each free photograph."
     truth = true_colors(study.free, np.arange(len(study.free.array))).float()/255
     return pd.DataFrame({name: image_scores(x.float()/255, truth)['chroma error'] for name, x in made.items()})
