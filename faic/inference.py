@@ -210,7 +210,7 @@ def compare_precisions(
 )->str: # a sentence
     "Measure how far pictures computed in bfloat16 are from those in float32."
     if rates['bfloat16'] < .1*rates['float32']:
-        return 'This machine only imitates bfloat16, many times slower than float32: not compared.'
+        return 'This machine only emulates bfloat16, many times slower than float32: not compared.'
     quick = device.type == 'cuda' or photos.side <= 64
     full = timed.sampling.get('sample_steps')
     steps = {} if full is None else dict(sample_steps=full if quick else min(full, 10))
