@@ -66,7 +66,7 @@ def main():
 @click.option('--preset', default='smoke', show_default=True, type=click.Choice(list(PRESETS)))
 @_study_options
 @click.option('--side-by-side', default=0, type=click.IntRange(0),
-              help='Notebooks that run at the same time; default: one a free core where budgets count steps, else one.')
+              help='Notebooks to run at the same time; default: one per free core where budgets count steps, else one.')
 def study(preset, data, models, seed, seeds, budget, gray_photographs, side_by_side):
     """Run the whole study and write its tables and figures.
 
