@@ -366,7 +366,7 @@ def begin(trainer, continues:Path=None): # last.pt of a run that this one contin
 
 def _start(trainer, done, continues):
     if done:
-        raise TrainingStopped(f'{trainer.run.path} has finished days but no {trainer.checkpoint.name} to go on from; '
+        raise TrainingStopped(f'{trainer.run.path} has finished days but no {trainer.checkpoint.name} to resume from; '
                               'restore it, or move the folder away to train again from the start')
     if is_main_process(): # an earlier attempt may have logged something before its first checkpoint
         (trainer.run.path/'log.jsonl').unlink(missing_ok=True)
