@@ -79,7 +79,9 @@ def _out_folder(path, root, out):
     if not out:
         if not root.name:
             raise ValueError(f'{root} has no folder beside it for the results; give a folder as out')
-        return root.with_name(f'{root.name}-colorized')
+        beside, inside = root.with_name(f'{root.name}-colorized'), root/f'{root.name}-colorized'
+        writable = beside.is_dir() or os.access(root.parent, os.W_OK) # photographs in a home folder have none beside it
+        return beside if writable else inside
     folder = Path(out).expanduser().resolve()
     if path.is_dir() and folder.exists() and folder.samefile(path):
         raise ValueError(f'{folder} is the folder of the photographs, and results do not go among them; '

@@ -189,6 +189,15 @@ def test_the_marker_does_not_hide_a_folder_of_photographs(album, colorizer):
     assert len(run_colorize(str(album)).done) == 3
 
 
+def test_photographs_in_a_home_folder_have_their_results_in_it(album, colorizer, monkeypatch):
+    """Nobody may write beside it; what lies in it is marked, so the next call does not take it for photographs."""
+    monkeypatch.setattr(faic.colorize.os, "access", lambda folder, mode: folder != album.parent)
+    for _ in range(2):
+        done = run_colorize(str(album)).done
+        assert len(done) == 3 and {target.parent for (target,) in done.values()} == {album / "album-colorized"}
+    assert (album / "album-colorized" / RESULTS_MARKER).exists()
+
+
 def test_a_photograph_at_the_root_needs_a_folder(colorizer, monkeypatch):
     monkeypatch.setattr(faic.colorize, "_is_result", lambda *arguments: False)
     monkeypatch.setattr(faic.colorize, "list_files", lambda folder: [["a.jpg", 1]])
