@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from .components import find_components
-from .core import printable, short_hash
+from .core import printable, runs_dir, short_hash
 from .full_size import colorize_rgb
 from .parameters import resolve_sampling
-from .presets import make_colorizer, make_trainee
+from .presets import ARCHITECTURES, make_colorizer, make_trainee
 from .released import choose_released, open_released
 from .resume import load_weights
 from .runs import Run, read_runs
@@ -69,6 +69,9 @@ def choose_run(
     def suits(run):
         return model in (run.options['model'], model_key(run.options)) and any(run.path.glob('day-*.safetensors'))
     found = [run for run in read_runs(phase='phase2') if suits(run)]
+    if not found and model in ARCHITECTURES:
+        raise ValueError(f'{runs_dir()} has no trained run of {ARCHITECTURES[model].title}; train one with: '
+                         f'faic run phase2 -p model {model}')
     return max(found, key=_time_made) if found else find_run(model)
 
 def _time_made(run): # in ISO format

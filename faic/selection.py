@@ -412,7 +412,8 @@ def find_run(
     if not name:
         candidates = [run for run in trained if run.options['phase'] == 'phase2']
         if not candidates:
-            raise ValueError(f'{runs_dir()} has no trained run of phase 2; train one with phase2.ipynb, or give run')
+            raise ValueError(f'{runs_dir()} has no trained run of phase 2; train one, e.g. with: '
+                             "faic run phase2 -p model pix2pix; or give a run's folder")
         return sorted(candidates, key=_made)[-1]
     for folder in (Path(name).expanduser(), runs_dir()/Path(name).name):
         if (folder/'options.json').exists():

@@ -242,6 +242,10 @@ def test_the_model_is_an_architecture_a_run_or_the_default(tmp_path, monkeypatch
     assert choose_run(str(tmp_path / "phase2-bbdm-0")).path == tmp_path / "phase2-bbdm-0"
     with pytest.raises(ValueError, match="run 'vgg' is no run folder"):
         choose_run("vgg")
+    with pytest.raises(
+        ValueError, match="no trained run of Conditional GAN; train one with: faic run phase2 -p model cgan"
+    ):
+        choose_run("cgan")
 
 
 # colors and edges
