@@ -107,9 +107,13 @@ def trace_onnx(
     "Trace a network as ONNX operations, for any number of images where possible, else for one."
     require_onnx()
     program = _trace(network, gray, numbers, True)
-    if not isinstance(program.model.graph.inputs[0].shape[0], int):
+    if _takes_any_number(program):
         return program
     return _trace(network, gray[:1], [n[:1] for n in numbers], False)
+
+def _takes_any_number(program): # of images? A network that computes a few at a time was traced for as many, no more
+    ranges = program.exported_program.range_constraints.values()
+    return not isinstance(program.model.graph.inputs[0].shape[0], int) and all(r.upper > 10**6 for r in ranges)
 
 # %% ../nbs/68_export.ipynb #09b85cc3
 TOLERANCE = 1e-4 # of rgb in [0,1]
@@ -157,7 +161,8 @@ class Exported:
         day = f", day {self.made_with['day']}" if 'day' in self.made_with else ''
         lines = [f"{self.file}: {self.made_with['run']}{day}"]
         lines += [f'  input {name}: {meaning}' for name, meaning in self.inputs.items()]
-        return '\n'.join([*lines, f'  output rgb: (batch,3,{self.side},{self.side}) in [0,1]',
+        count = self.inputs['gray'].partition(',')[0]
+        return '\n'.join([*lines, f'  output rgb: {count},3,{self.side},{self.side}) in [0,1]',
                           f'  largest difference from PyTorch: {self.difference:.1g} (allowed: {TOLERANCE:g})'])
 
 # %% ../nbs/68_export.ipynb #4fb4ff51
