@@ -100,8 +100,8 @@ RECIPES = {
     "classifier": Recipe(
         dict(width=20, batch_size=16),
         weakness="A pale sky turns yellow, and leaves often turn brown or red. Blotches of blue and red appear on "
-        "smooth floors and backgrounds. It predicts colors for every fourth pixel of 64x64, so a small thing, such as a "
-        "face or a flag, takes the color of its surroundings. Its colors help EfficientNet-Lite2 no more than gray "
+        "smooth floors and backgrounds. It predicts colors for every fourth pixel of 64x64, so a small thing such as a "
+        "face or a flag takes the color of its surroundings. Its colors help EfficientNet-Lite2 no more than gray "
         "does, as far as the intervals tell.",
     ),
     "palette-modern": Recipe(
