@@ -17,7 +17,7 @@ test: .venv/ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --timeout 1200
 
 readme: .venv/ready
-	@$(PY) -m nbconvert --to markdown --no-input --stdout nbs/index.ipynb > README.md
+	@$(PY) -m nbconvert --to markdown --no-input --stdout nbs/index.ipynb | cat -s > README.md
 
 docs: .venv/docs-ready
 	@$(PY) nbs/docs/prepare.py _docs/source
