@@ -339,10 +339,10 @@ def figure_steps(selection:RunSelection):# -> matplotlib Figure
 def _steps_curve(ax, rows, column, name, color, title): # -> the rows that the curve goes through
     rows = rows.dropna(subset='sample_steps')
     rows = rows[rows['lightness'] == rows['lightness'].min()] # 'model', or 'photograph' where the model keeps it
+    ticks = sorted({*rows['sample_steps'], *(ax.get_xticks() if ax.lines else ())}) # of the models before, too
     ax.plot(rows['sample_steps'], rows[column], color=color, marker='o', label=name)
     _draw_band(ax, rows['sample_steps'], rows, column, color)
-    ax.set(xscale='log', xlabel='sampling steps', title=title, xticks=rows['sample_steps'],
-           xticklabels=[f'{n:.0f}' for n in rows['sample_steps']])
+    ax.set(xscale='log', xlabel='sampling steps', title=title, xticks=ticks, xticklabels=[f'{n:.0f}' for n in ticks])
     ax.minorticks_off()
     return rows
 
@@ -353,6 +353,15 @@ def _quality_curve(ax, rows, column, name, color):
         ax.axhline(gray.iloc[0], ls=':', lw=1, color='.25', label=BASELINES['gray'])
 
 def _time_curve(ax, rows, name, color):
+    before = list(ax.get_yticks()) if ax.lines else []
     seconds = _steps_curve(ax, rows, 'seconds_per_image', name, color, 'wall time,\ns an image')['seconds_per_image']
-    ax.set(yscale='log', yticks=seconds, yticklabels=[f'{s:.2g}' for s in seconds])
+    ticks = _apart(sorted([*before, *seconds]))
+    ax.set(yscale='log', yticks=ticks, yticklabels=[f'{s:.2g}' for s in ticks])
     ax.minorticks_off()
+
+def _apart(ticks, ratio=1.4): # rising -> those whose labels do not meet on a log axis
+    kept = []
+    for tick in ticks:
+        if not kept or tick >= ratio*kept[-1]:
+            kept.append(tick)
+    return kept
