@@ -412,8 +412,7 @@ def find_run(
     if not name:
         candidates = [run for run in trained if run.options['phase'] == 'phase2']
         if not candidates:
-            raise ValueError(f'{runs_dir()} has no trained run of phase 2; train one, e.g. with: '
-                             "faic run phase2 -p model pix2pix; or give a run's folder")
+            raise ValueError(f'{runs_dir()} has no trained run of phase 2; train one: faic run phase2 -p model pix2pix')
         return sorted(candidates, key=_made)[-1]
     for folder in (Path(name).expanduser(), runs_dir()/Path(name).name):
         if (folder/'options.json').exists():
