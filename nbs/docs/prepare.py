@@ -167,10 +167,17 @@ def inside(text):
 
 
 def copy_figures(folder):
-    """Put the pictures that the pages show into the folder of the pages."""
+    """Put the pictures that the pages show, and the cards of released weights, into the folder of the pages."""
     shutil.copytree(ROOT / FIGURES, folder / FIGURES)
     for picture in (ROOT / "figures").glob("*.png"):
         shutil.copy(picture, folder / "figures")
+    cards = folder / "faic" / "weights"
+    cards.mkdir(parents=True)
+    for picture in (ROOT / "faic" / "weights").glob("*.jpg"):
+        shutil.copy(picture, cards)
+    for card in (ROOT / "faic" / "weights").glob("*.md"):
+        text = card.read_text(encoding="utf-8")
+        (cards / card.name).write_text(f"---\norphan: true\n---\n\n{text}", encoding="utf-8")
 
 
 def code_cells(cell, module, entries):
