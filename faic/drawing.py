@@ -39,10 +39,11 @@ def style(): # -> context manager
 # %% ../nbs/09_drawing.ipynb #5817e73f
 def add_footer(fig, *sentences:str):
     "Add small gray text under a figure, wrapped to its width."
-    lines = []
-    for sentence in filter(None, sentences):
-        lines += textwrap.wrap(sentence, int(fig.get_figwidth()*24))
+    lines = _footer_lines(sentences, fig.get_figwidth())
     fig.supxlabel(plain_text('\n'.join(lines)), x=.01, ha='left', fontsize=5.5, color='.4', linespacing=1.25)
+
+def _footer_lines(sentences, inches): # of its width
+    return [line for sentence in filter(None, sentences) for line in textwrap.wrap(sentence, int(inches*24))]
 
 # %% ../nbs/09_drawing.ipynb #42fe2c83
 def plain_text(
@@ -79,18 +80,22 @@ def sample_grid(
     shapes = [images.shape for images in columns.values() if isinstance(images, np.ndarray)]
     rows, height, width = shapes[0][:3] if shapes else (1, 1, 1)
     cell = min(1.15, INCHES/len(columns))
-    size = max(cell*len(columns), 4), 1 + cell*rows*height/width
+    inches = max(cell*len(columns), 4)
+    heading, below = textwrap.wrap(title, int(inches*13)), _footer_lines(footer, inches)
+    above = max(name.count('\n') + 1 for name in columns) # lines over a column
+    size = inches, cell*rows*height/width + .13*above + .16*len(heading) + .1*len(below) + .15
     with style():
         fig, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False, layout='constrained')
         fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.01, hspace=.01)
         for (name, images), ax in zip(columns.items(), axes[0]):
             ax.set_title(plain_text(name), fontsize=7)
+            ax.set_anchor('N') # the layout measures a title from the top of its box
             if isinstance(images, np.ndarray):
                 _show_column(ax, images)
             else:
                 _show_words(ax, images or 'not run', rows, height, width)
         if title:
-            fig.suptitle(plain_text(textwrap.fill(title, int(fig.get_figwidth()*13))), fontsize=9)
+            fig.suptitle(plain_text('\n'.join(heading)), fontsize=9)
         if footer:
             add_footer(fig, *footer)
     return fig
