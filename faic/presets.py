@@ -133,7 +133,7 @@ PRESETS = {
         changes={'pix2pix': dict(side=64, load_side=72, width=16)}
                 | _small_classifier(16, 4, 1e-3)
                 | _small_cgan(16, 16, 4, 1e-3)
-                | _small_palette(.9, channels=8, groups=2, batch_size=2)
+                | _small_palette(.9, channels=8, groups=2, batch_size=1)
                 | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
                               dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25,
