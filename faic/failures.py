@@ -6,8 +6,8 @@
 __all__ = ['COMPARED_METRICS', 'FailureStudy', 'open_failures', 'trained_runs', 'Model', 'load_model', 'load_trained', 'answers',
            'model_answers', 'true_colors', 'untrained_table', 'learning_sentences', 'fixed_share', 'kinds_of_errors',
            'errors_table', 'errors_rows', 'free_answers', 'free_errors', 'worst_rows', 'draw_worst', 'save_worst',
-           'day_weights', 'variant_weights', 'draw_versions', 'save_versions', 'mean_picture', 'draw_mean_colors',
-           'collapse_sentences']
+           'draw_models', 'day_weights', 'variant_weights', 'draw_versions', 'save_versions', 'mean_picture',
+           'draw_mean_colors', 'collapse_sentences']
 
 # %% ../nbs/58_failures.ipynb #58a10002
 from dataclasses import dataclass, replace
@@ -322,6 +322,19 @@ def save_worst(study:FailureStudy, made:dict, errors:pd.DataFrame)->list: # of p
     return [save_drawing(draw_worst(study, name, made, errors), study.folder,
                          f"failures_{model_key(run.options).replace(':', '-')}") for name, run in study.runs.items()]
 
+# %% ../nbs/58_failures.ipynb #58a1e002
+def _scene_rows(manifest): # one crop of each scene whose license is known
+    licensed = manifest[manifest['file'].map(has_license)]
+    return licensed.groupby('file', sort=False)['row'].nth(5).to_numpy()
+
+def draw_models(study:FailureStudy, made:dict):# -> matplotlib Figure
+    "Show one free photograph of each scene by every model."
+    rows, others = _scene_rows(study.free.manifest), dict(made)
+    columns = {'gray': _pixels(others.pop(BASELINES['gray']), rows),
+               'photograph': _pixels(true_colors(study.free, rows), slice(None))}
+    columns |= {name.replace(', ', ',\n'): _pixels(x, rows) for name, x in others.items()}
+    return sample_grid(columns, 'Free photographs by every model', [study.footer, free_credits()])
+
 # %% ../nbs/58_failures.ipynb #58a1001b
 def day_weights(run:Run)->dict: # 'day 1' -> (run, file)
     "List the weights of each day of phase 2."
@@ -342,9 +355,7 @@ def draw_versions(
     title:str,
 ):# -> matplotlib Figure
     "Show one free photograph of each scene, colorized with each of several weights."
-    manifest = study.free.manifest
-    licensed = manifest[manifest['file'].map(has_license)]
-    rows = licensed.groupby('file', sort=False)['row'].nth(5).to_numpy()
+    rows = _scene_rows(study.free.manifest)
     gray = answers(study, gray_baseline, study.free, rows)
     columns = {'gray': _pixels(gray, slice(None)), 'photograph': _pixels(true_colors(study.free, rows), slice(None))}
     for name, (run, file) in weights.items():

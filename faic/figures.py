@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COST_AXES', 'UPSAMPLERS', 'day_curves', 'figure7', 'not_run_figure', 'draw_costs', 'cost_curves', 'baseline_rows',
-           'figure_costs', 'samples_figure', 'paper_figure', 'upsampler_rows', 'figure11', 'figure_steps']
+           'figure_costs', 'samples_figure', 'paper_figure', 'figure_models', 'upsampler_rows', 'figure11',
+           'figure_steps']
 
 # %% ../nbs/54_figures.ipynb #d1a3d438
 import textwrap
@@ -18,7 +19,7 @@ from .notes import caution, credits, fewer_seeds, one_seed, provenance_line, run
 from .paper import PAPER_FID, PAPER_FIGURES
 from .presets import ARCHITECTURES
 from .runs import Run, primary_rows, read_samples
-from .selection import (TRAINED_BEFORE, RunSelection, all_models, daily_scores, model_name, seeds_text,
+from .selection import (TRAINED_BEFORE, RunSelection, all_models, common_day, daily_scores, model_name, seeds_text,
                             selection_network, steps_runs, winner_of)
 from .tables import BASELINES, format_value, newest_day
 from .time_tables import COST_NOTES, learning_costs, steps_table
@@ -217,11 +218,11 @@ def _fid_line(row, network_name): # for the title of a column
     fid = format_value(row, column_name('FID', network_name), METRICS['FID'].format)
     return f'\nFID {fid}'.replace(' [', '\n[')
 
-def _trained_samples(selection, model): # a column for pre-trained and one for released weights, where there are any
+def _trained_samples(selection, model, start=''): # a column for pre-trained and one for released weights, if any
     columns, network_name = {}, selection_network(selection)
     for variant, word in TRAINED_BEFORE.items():
         if run := selection.find('phase2', model, variant):
-            columns[word + _fid_line(primary_rows(run).iloc[-1], network_name)] = read_samples(run)
+            columns[start + word + _fid_line(primary_rows(run).iloc[-1], network_name)] = read_samples(run)
     return columns
 
 def _picture_notes(selection, phase, model):
@@ -241,13 +242,15 @@ def _variant_samples(selection, model):
         samples[title] = read_samples(run)
     return samples
 
-def _day_samples(selection, model, days):
+def _day_sample(selection, model, day, name): # one column
     run, network_name = selection.find('phase2', model), selection_network(selection)
     rows = primary_rows(run).set_index('day') if run else pd.DataFrame()
+    return {name + (_fid_line(rows.loc[day], network_name) if day in rows.index else ''): read_samples(run, day)}
+
+def _day_samples(selection, model, days):
     samples = {}
     for day in range(1, days + 1):
-        fid = _fid_line(rows.loc[day], network_name) if day in rows.index else ''
-        samples[f'day {day}{fid}'] = read_samples(run, day)
+        samples |= _day_sample(selection, model, day, f'day {day}')
     return samples | _trained_samples(selection, model)
 
 # %% ../nbs/54_figures.ipynb #454d313f
@@ -279,6 +282,20 @@ def paper_figure(
 ):# -> matplotlib Figure
     "Show samples as the paper's figure of this number does."
     return samples_figure(*PAPER_FIGURES[number], selection, days, number)
+
+# %% ../nbs/54_figures.ipynb #54c10002
+def figure_models(selection:RunSelection):# -> matplotlib Figure
+    "Show the same test photographs by every model, after the last day that all models reached."
+    models, day, columns = all_models(selection), common_day(selection), {}
+    title = f'The models after day {day}, test images' if day else 'The models on the test images'
+    notes = dict.fromkeys(note for model in models for note in _picture_notes(selection, 'phase2', model))
+    if not day:
+        return not_run_figure(title, notes)
+    for model in models:
+        name = model_name(model).replace(', ', ',\n').replace(' ', '\n')
+        columns |= _day_sample(selection, model, day, name)
+        columns |= _trained_samples(selection, model, f'{name},\n')
+    return sample_grid(_reference_samples(selection, 'phase2') | columns, title, [*notes, *credits(selection)])
 
 # %% ../nbs/54_figures.ipynb #e9806712
 UPSAMPLERS = {'own': 'own upsamplers', 'official': 'given upsamplers'} # word in the sampling -> name in the figure

@@ -22,8 +22,8 @@ from .color import luma
 from .core import ProgressBar, figures_dir, make_generator, write_bytes
 from .dataset import dataset_name, load_photos
 from .drawing import COLORS, add_picture, add_table, save_figure, sheet, style
-from .figures import (baseline_rows, cost_curves, draw_costs, figure7, figure11, figure_costs, figure_steps,
-                          paper_figure, samples_figure)
+from .figures import (baseline_rows, cost_curves, draw_costs, figure7, figure11, figure_costs, figure_models,
+                          figure_steps, paper_figure, samples_figure)
 from .first_stages import VQGANS
 from .gray_decoder import GRAY_DECODERS
 from .metrics import column_name
@@ -145,7 +145,7 @@ def page_drawings(selection:RunSelection)->dict: # file name -> function without
     for model in further_models(selection):
         drawings[f'figure_variants_{model}'] = partial(samples_figure, 'phase1', model, selection, DAYS)
         drawings[f'figure_days_{model}'] = partial(samples_figure, 'phase2', model, selection, DAYS)
-    return drawings | {'figure7': partial(figure7, selection), 'figure11': partial(figure11, selection),
+    return drawings | {'figure_models': partial(figure_models, selection), 'figure7': partial(figure7, selection), 'figure11': partial(figure11, selection),
                        'figure_steps': partial(figure_steps, selection),
                        'figure_costs': partial(figure_costs, selection)}
 

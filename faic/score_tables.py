@@ -128,7 +128,8 @@ def reconstruction_entries(selection:RunSelection, phase:str)->list: # of Entry
 def _common_day_note(selection, models, day): # a sentence; none before a day was scored
     if not day:
         return []
-    names = ' and '.join(model_name(m) for m in models if selection.find('phase2', m))
+    names = [model_name(m) for m in models if selection.find('phase2', m)]
+    names = ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
     seeds = ' with every seed' if selection.other_seeds else ''
     return [f"Day {day} is the last that {names} reached{seeds}; each day adds one day's budget."]
 
