@@ -182,39 +182,50 @@ class Pix2Pix:
         gan_mode:str='vanilla',
         dropout:float=.5, # rate; 0 for none
         seed:int=0, # of the initial weights
+        l1_first:float=0., # share of the training in which G learns from the L1 term alone
     ):
         init = torch.Generator().manual_seed(seed)
         self.G = init_weights(UNet(width=width, levels=unet_levels(side)), init)
         self.D = init_weights(PatchDiscriminator(width=width), init)
-        self.lambda_l1, self.gan_mode, self.dropout = lambda_l1, gan_mode, dropout
+        self.lambda_l1, self.gan_mode, self.dropout, self.l1_first = lambda_l1, gan_mode, dropout, l1_first
         self.terms = {} # the terms of the last losses, for logs
+
+    @property
+    def parts(self)->tuple: # of (share of the training, a fraction of it that lies in this part)
+        "Return the parts of the training whose steps do different work."
+        return ((self.l1_first, 0.), (1 - self.l1_first, 1.)) if self.l1_first else ((1., 1.),)
 
     def networks(self)->dict:
         "Return the networks; each gets its own optimizer."
         return {'D': self.D, 'G': self.G}
 
     def losses(self,
-        batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels
+        batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels; 'fraction' of the training done (1)
         generator, # for dropout, see sample_dropout_masks
     ):
-        "Yield ('D', loss) and then ('G', loss); step the named network before asking for the next."
+        "Yield ('D', loss) and then ('G', loss), at first perhaps ('G', loss) only; step each before asking for the next."
         with torch.autocast(batch['rgb'].device.type, enabled=False): # autocast would round the colors
             L, ab = scaled_lab(batch['rgb'])
         masks = None
         if self.dropout:
             masks = sample_dropout_masks(self.G.mask_shapes(*L.shape[-2:]), len(L), generator, self.dropout)
-        return self.adversarial_losses(L, ab, masks)
+        return self.make_losses(L, ab, masks, batch.get('fraction', 1.) >= self.l1_first)
 
-    def adversarial_losses(self, L:Tensor, ab:Tensor, masks=None):
-        "Yield both losses, given a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
+    def make_losses(self, L:Tensor, ab:Tensor, masks=None, adversarial=True):
+        "Yield the losses, given a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
         fake = upcast_float32(self.G(L, masks))
+        if not adversarial:
+            G_L1 = self.lambda_l1*F.l1_loss(fake, ab)
+            self.terms = dict(G_L1=G_L1.detach())
+            yield 'G', G_L1
+            return
         D_fake = gan_loss(self.D(torch.cat([L, fake], 1).detach()), False, self.gan_mode)
         D_real = gan_loss(self.D(torch.cat([L, ab], 1)), True, self.gan_mode)
         self.terms = dict(D_fake=D_fake.detach(), D_real=D_real.detach())
         yield 'D', (D_fake + D_real)/2
 
         G_GAN = gan_loss(self.D(torch.cat([L, fake], 1)), True, self.gan_mode)
-        G_L1 = self.lambda_l1 * F.l1_loss(fake, ab)
+        G_L1 = self.lambda_l1*F.l1_loss(fake, ab)
         self.terms |= dict(G_GAN=G_GAN.detach(), G_L1=G_L1.detach())
         yield 'G', G_GAN + G_L1
 
@@ -349,6 +360,7 @@ class LatentPix2Pix(InLatents, Pix2Pix):
         first_stage:nn.Module=None, # with encode and decode; may be set later
         decoder:nn.Module=None, # replaces the first stage's decoder; it also sees the gray photograph
         seed:int=0, # of the initial weights
+        l1_first:float=0.,
     ):
         init = torch.Generator().manual_seed(seed)
         self.G = init_weights(UNet(channels, channels, width, latent_levels(side), bounded=False), init)
@@ -356,18 +368,19 @@ class LatentPix2Pix(InLatents, Pix2Pix):
         if normalize:
             add_statistics(self.G, channels)
         self.space = LatentSpace(self.G, channels, factor, normalize, first_stage=first_stage, decoder=decoder)
-        self.lambda_l1, self.gan_mode, self.dropout, self.terms = lambda_l1, gan_mode, dropout, {}
+        self.lambda_l1, self.gan_mode, self.dropout, self.l1_first = lambda_l1, gan_mode, dropout, l1_first
+        self.terms = {}
 
     def losses(self,
-        batch:dict, # 'latents', or 'rgb' and 'gray'
+        batch:dict, # 'latents', or 'rgb' and 'gray'; 'fraction' of the training done (1)
         generator, # for dropout, see sample_dropout_masks
     ):
-        "Yield ('D', loss) and then ('G', loss); step the named network before asking for the next."
+        "Yield losses as Pix2Pix does."
         color, gray = self.latents_of(batch)
         x0, y, masks = self.space.normalized(color), self.space.normalized(gray, 'cond'), None
         if self.dropout:
             masks = sample_dropout_masks(self.G.mask_shapes(*y.shape[-2:]), len(y), generator, self.dropout)
-        return self.adversarial_losses(y, x0, masks)
+        return self.make_losses(y, x0, masks, batch.get('fraction', 1.) >= self.l1_first)
 
 # %% ../nbs/20_pix2pix.ipynb #20c01a73
 def latent_colorizer(
@@ -410,8 +423,9 @@ def make_pix2pix(
     if 'factor' in o:
         return LatentPix2Pix(o['side']//o['factor'], o['latent_channels'], o['factor'], o['width'], o['lambda_l1'],
                              o['gan_mode'], o['dropout'], o['normalize'], first_stage_of(components),
-                             decoder_of(components), seed)
-    return Pix2Pix(o['side'], o['width'], o['lambda_l1'], o['gan_mode'], o['dropout'], seed)
+                             decoder_of(components), seed, o.get('l1_first', 0.))
+    return Pix2Pix(o['side'], o['width'], o['lambda_l1'], o['gan_mode'], o['dropout'], seed,
+                   o.get('l1_first', 0.))
 
 def _colorizer(trainee, sampling, components):
     batch_norm, precision = sampling['batch_norm'], sampling.get('precision', 'float32')
@@ -432,7 +446,8 @@ ARCHITECTURE = Architecture(
         schedule='half', n_epochs=100, n_epochs_decay=100, # the epochs count for schedule='official' only
         ema=None,
     ),
-    variants={'default': {}, 'batch32': dict(batch_size=32), 'beta1-0.7': dict(beta1=.7), 'lr-5e-4': dict(lr=5e-4)},
+    variants={'default': {}, 'batch32': dict(batch_size=32), 'beta1-0.7': dict(beta1=.7), 'lr-5e-4': dict(lr=5e-4),
+              'l1-first': dict(l1_first=.5)},
     make=make_pix2pix,
     colorizer=_colorizer,
     sampling=dict(batch_norm='image'),

@@ -322,7 +322,7 @@ def training_flop(
     options:dict, # of a run, see model_options
     components:dict={}, # name -> options, of the networks that it is trained on, such as a first stage
     step:int=0, # of the training, as a discriminator may join later
-)->float: # FLOP per photograph; where networks take turns, the mean of their steps
+)->float: # FLOP per photograph; where steps differ, their mean over the training
     "Count the arithmetic of a training step, forward and backward of all updates, on tensors without content."
     # converting a module swaps its weights, and tensors without content refuse that; no conversion changes the count
     try:
@@ -338,10 +338,13 @@ def _count_flop(model, options, components, step):
         if hasattr(net, 'set_steps'):
             net.set_steps(step)
     batch, turns = _empty_batch(trainee, options['side'], bool(networks)), getattr(trainee, 'cycle', 1)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): # fused attention is not counted
-        for turn in range(turns):
-            _backward(trainee, batch | dict(step=turn))
-    return counter.get_total_flops()/turns
+    flop = 0.
+    for share, fraction in getattr(trainee, 'parts', ((1., 1.),)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): # fused attention is not counted
+            for turn in range(turns):
+                _backward(trainee, batch | dict(step=turn, fraction=fraction))
+        flop += share*counter.get_total_flops()/turns
+    return flop
 
 # %% ../nbs/41_presets.ipynb #41a20002
 def _empty_batch(trainee, side, in_latents): # of one photograph

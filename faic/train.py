@@ -289,8 +289,9 @@ def split_batch(
     for piece, (start, end) in enumerate(zip(ends, ends[1:])):
         share = (end - start)/place.images if place.counted else 0.
         images = batch if count == 1 else take_rows(batch, slice(start, end))
+        images = images | dict(share=share, piece=piece, step=step, fraction=state.fraction)
         generator = step_generator(state, slice(place.first + start, place.first + end), place.images)
-        micro_batches.append(MicroBatch(images | dict(share=share, piece=piece, step=step), share, generator))
+        micro_batches.append(MicroBatch(images, share, generator))
     return micro_batches
 
 def take_rows(

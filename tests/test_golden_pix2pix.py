@@ -100,7 +100,7 @@ def test_three_training_steps(pix2pix):
     names = pix2pix.names("train_loss_names")
     for step, (L, ab) in enumerate(batches):
         losses = {}
-        for name, loss in model.adversarial_losses(L, ab):
+        for name, loss in model.make_losses(L, ab):
             losses[name] = loss.item()
             optimizers[name].zero_grad()
             loss.backward(inputs=list(networks[name].parameters()))

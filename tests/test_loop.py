@@ -74,7 +74,7 @@ def test_colors_are_converted_in_full_precision():
     """Also under autocast: bfloat16 would round Pix2Pix's target and the gray."""
     rgb = torch.randint(256, (2, 3, SIDE, SIDE), generator=make_generator("rgb"), dtype=torch.uint8)
     model, seen = Pix2Pix(SIDE, width=8), []
-    model.adversarial_losses = lambda L, ab, masks=None: seen.append((L, ab)) or iter(())
+    model.make_losses = lambda L, ab, masks=None, adversarial=True: seen.append((L, ab)) or iter(())
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             batch = Batch(torch.arange(2), rgb, "lab")

@@ -31,7 +31,8 @@ from faic.runs import open_run
 from faic.trainer import train_day
 
 COLUMNS = ("PSNR", "chroma error", "colorfulness")
-OPTIONAL = {"precision", "accumulate", "warmup", "weight_decay", "clip_weights", "lr_factors"}  # not in all options
+# not in all options
+OPTIONAL = {"precision", "accumulate", "warmup", "weight_decay", "clip_weights", "lr_factors", "l1_first"}
 
 
 def item(text):
