@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .architecture import choice, integer, string
 from .colorizer import RunColorizer, file_identity, open_run_colorizer
-from .core import (RESULT_SOFTWARE, RESULTS_MARKER, ProgressBar, make_generator, pick_device, printable,
-                       short_hash)
+from .core import (RESULT_SOFTWARE, RESULTS_MARKER, ProgressBar, leave_busy_cores, make_generator, pick_device,
+                       printable, short_hash)
 from .drawing import picture_row
 from .full_size import UPSAMPLING, strength_check
 from .image_files import UnsupportedImage, read_image
@@ -246,7 +246,10 @@ def run_colorize(
     report = given.pop('report') or _ignore
     p = colorize_parameters(given, *given)
     targets, failed = _find_all(p)
-    found = Colorized(open_run_colorizer(p.model, pick_device(p.device), p.first_stage, p), {}, {}, failed)
+    device = pick_device(p.device)
+    if device.type == 'cpu':
+        leave_busy_cores(announce='') # on a busy core, a second thread makes colorizing many times slower
+    found = Colorized(open_run_colorizer(p.model, device, p.first_stage, p), {}, {}, failed)
     for file, reason in failed.items():
         report(file, [], reason)
     _colorize_all(found, targets, p, report)

@@ -309,7 +309,9 @@ def set_threads(number:int=USUAL_THREADS)->bool: # whether it was set
     torch.set_num_threads(number)
     return True
 
-def leave_busy_cores()->bool: # whether fewer threads than usual are used
+def leave_busy_cores(
+    announce:str='training', # the work that the printed sentence names; '': print nothing
+)->bool: # whether fewer threads than usual are used
     "Use no more threads than there are free cores, and print that; keep a number that the user chose."
     if USUAL_THREADS == 1 or not set_threads():
         return False
@@ -317,8 +319,9 @@ def leave_busy_cores()->bool: # whether fewer threads than usual are used
     if free >= USUAL_THREADS:
         return False
     set_threads(free)
-    print(f'Other work keeps {cores - free} of {cores} cores busy: training uses {free} of {USUAL_THREADS} threads. '
-          'OMP_NUM_THREADS sets another number.')
+    if announce:
+        print(f'Other work keeps {cores - free} of {cores} cores busy: {announce} uses {free} of {USUAL_THREADS} '
+              'threads. OMP_NUM_THREADS sets another number.')
     return True
 
 # %% ../nbs/00_core.ipynb #38cff83c
