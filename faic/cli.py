@@ -155,6 +155,8 @@ def status(preset, data, models, seed, seeds, budget, gray_photographs):
 def budgets(preset, hours):
     """State how many steps each model makes in so many hours on this machine.
 
+    The last line is for `faic study`; a time in steps is the same work on any machine.
+
     Example: faic budgets --preset laptop --hours 0.5
     """
     from faic.jobs import budgets_in_steps
@@ -165,6 +167,9 @@ def budgets(preset, hours):
     for name, steps in found.items():
         phases = [steps] if isinstance(steps, str) else steps or [None]
         click.echo(f"{name}: {', then '.join(phases) if all(phases) else 'not measured here'}")
+    own = ', '.join(f'{name}={steps}' for name, steps in found.items() if isinstance(steps, str))
+    if own:
+        click.echo(f"As the budget of a study: --budget '{own}'")
 
 # %% ../nbs/69_cli.ipynb #0d75b297
 @main.command()

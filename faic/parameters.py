@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .architecture import choice, integer, string
-from .core import Budget, require_same_clone
+from .core import require_same_clone
 from .first_stages import external_first_stage
 from .photos import GRAY_PHOTOGRAPHS
 from .presets import (ARCHITECTURES, PAPER_MODELS, PRESETS, components_of, default_latent, default_sampling,
-                      default_variants, preset_side)
+                      default_variants, preset_side, study_budgets)
 
 # %% ../nbs/42_parameters.ipynb #e273c5b9
 def comma_list(*names:str):
@@ -42,9 +42,9 @@ def model_list(value):
         raise ValueError(f"expected 'paper', 'all' or a comma list of {names}") from e
 
 def budget_or_default(value):
-    "Check a budget: '' (the preset's), 'paper' (the work of the paper's day), or an amount such as '200 steps'."
+    "Check a budget: '' (the preset's), 'paper' (the work of the paper's day), or a text for study_budgets."
     if string(value) not in ('', 'paper'):
-        Budget.parse(value)
+        study_budgets(value)
     return value
 
 def seed_or_all(value):

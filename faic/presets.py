@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PAPER_MODELS', 'PRESETS', 'DAYS', 'find_architecture', 'all_components', 'find_description',
            'default_variants', 'default_variant', 'Preset', 'preset_precision', 'preset_side', 'default_latent',
-           'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'paper_work',
-           'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling',
+           'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'study_budgets',
+           'paper_work', 'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling',
            'training_flop']
 
 # %% ../nbs/41_presets.ipynb #cee6d1fd
@@ -261,14 +261,36 @@ def variant_changes(
 # %% ../nbs/41_presets.ipynb #a16064fa
 def day_budget(
     preset:str,
-    budget:str='', # replaces the preset's; 'paper': the work that the model did in the paper
-    model:str='', # with 'paper' only
-    phase:str='phase1', # or 'phase2'; with 'paper' only
+    budget:str='', # replaces the preset's, see study_budgets; 'paper': the work that the model did in the paper
+    model:str='', # with 'paper' and with budgets of models only
+    phase:str='phase1', # or 'phase2'
 )->Budget: # of one variant of phase 1, or of one day of phase 2
     "Return the budget of a variant of phase 1, or of a day of phase 2."
     if budget == 'paper':
         return paper_work(model, phase)
-    return Budget.parse(budget or PRESETS[preset].budget)
+    budgets = study_budgets(budget or PRESETS[preset].budget)
+    if model not in budgets and '' not in budgets:
+        raise ValueError(f"the budget names no {model}; add '{model}=200 steps' to {budget!r}")
+    return budgets.get(model, budgets.get(''))[('phase1', 'phase2').index(phase)]
+
+def study_budgets(
+    text:str, # '200 steps', '100/200 steps', 'pix2pix=200 steps, bbdm=50/100 steps'
+)->dict: # model, or '' for all -> (Budget of a variant, Budget of a day)
+    "Read the budgets of a study; ValueError for a text that is none."
+    found, entries = {}, text.split(',')
+    try:
+        for entry in entries:
+            model, _, amounts = entry.rpartition('=')
+            numbers, _, unit = amounts.strip().partition(' ')
+            first, slash, second = numbers.partition('/')
+            found[model.strip()] = Budget.parse(f'{first} {unit}'), Budget.parse(f'{second if slash else first} {unit}')
+        readable = not found.keys() - {'', *ARCHITECTURES} and len(found) == len(entries)
+    except ValueError:
+        readable = False
+    if not readable or ('' in found and len(found) > 1):
+        raise ValueError("a budget reads like '200 steps', '3 epochs', '2 hours' or 'paper'; like '100/200 steps' for a "
+                         f"variant and for a day; or like 'pix2pix=200 steps, bbdm=50/100 steps'; found {text!r}")
+    return found
 
 def paper_work(
     model:str,

@@ -31,7 +31,7 @@ from .notes import caution, collapse_notes, free_credits, provenance_line
 from .paper import PAPER_FIGURES, QUESTION
 from .parameters import notebook_parameters
 from .presets import (ARCHITECTURES, DAYS, PAPER_MODELS, components_of, day_budget, default_sampling,
-                      find_architecture, make_trainee, model_options)
+                      find_architecture, make_trainee, model_options, study_budgets)
 from .score_tables import judges_table, phase2_table, training_table, variants_table
 from .selection import RunSelection, all_models, model_name, select_runs, selection_network
 from .tables import markdown_text, save_table
@@ -59,8 +59,12 @@ def page_budgets(
     budget:str='', # of a variant and of a day; '': the preset's
 )->dict: # (phase, model) -> budget of its runs
     "List the budgets that the runs of a page must have."
-    budgets = {}
-    for model in PAPER_MODELS if budget == 'paper' else ARCHITECTURES: # the paper's days held no other model
+    budgets, models = {}, ARCHITECTURES
+    if budget == 'paper': # the paper's days held no other model
+        models = PAPER_MODELS
+    elif '=' in budget:
+        models = study_budgets(budget)
+    for model in models:
         days = day_budget(preset, budget, model, 'phase2')*DAYS
         budgets |= {('phase1', model): str(day_budget(preset, budget, model, 'phase1')),
                     ('phase2', model): str(days), ('steps', model): str(days)}
@@ -145,7 +149,8 @@ def page_drawings(selection:RunSelection)->dict: # file name -> function without
     for model in further_models(selection):
         drawings[f'figure_variants_{model}'] = partial(samples_figure, 'phase1', model, selection, DAYS)
         drawings[f'figure_days_{model}'] = partial(samples_figure, 'phase2', model, selection, DAYS)
-    return drawings | {'figure_models': partial(figure_models, selection), 'figure7': partial(figure7, selection), 'figure11': partial(figure11, selection),
+    return drawings | {'figure_models': partial(figure_models, selection),
+                       'figure7': partial(figure7, selection), 'figure11': partial(figure11, selection),
                        'figure_steps': partial(figure_steps, selection),
                        'figure_costs': partial(figure_costs, selection)}
 

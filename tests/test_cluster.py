@@ -40,9 +40,11 @@ from faic.jobs import (
     photograph_counts,
     study_jobs,
     study_status,
+    trainings,
 )
 from faic.parameters import variants_of
 from faic.presets import DAYS, default_variants, model_options
+from faic.results import page_budgets
 from faic.runs import open_run, read_runs
 from faic.status import describe_status, run_progress, status
 
@@ -512,6 +514,20 @@ def test_a_study_lists_each_component_once(runs):
     assert components == [f"{p}-vqgan_f4{kind}" for kind in ("", "_plain") for p in ("phase1", "phase2")]
     words = describe_study_status(table)
     assert re.search(r'the training of \d+ marked "\?": no run here has measured it', words)
+
+
+def test_each_model_may_have_its_own_budget():
+    budget = "pix2pix=20 steps, bbdm=5/10 steps"
+    jobs = study_jobs("smoke", models=["pix2pix", "bbdm"], budget=budget)
+    found = {(t.phase, t.name): str(t.budget) for job in jobs for t in trainings(job)}
+    expected = {"pix2pix": ("20 steps", "100 steps"), "bbdm": ("5 steps", "50 steps")}
+    for model, (variant, days) in expected.items():
+        assert (found["phase1", model], found["phase2", model]) == (variant, days)
+    assert page_budgets("smoke", budget) == {
+        (phase, model): days if phase != "phase1" else variant
+        for model, (variant, days) in expected.items()
+        for phase in ("phase1", "phase2", "steps")
+    }
 
 
 def test_a_trial_turns_hours_into_steps(runs):
