@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import together
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import faic.colorize
 import faic.core
 import faic.distributed
 import faic.resume
 import faic.runs
 from faic import core
 from faic.batches import Batch
+from faic.colorize import run_colorize
+from faic.colorizer import RunColorizer
 from faic.core import Budget, make_generator, pick_device
 from faic.pix2pix import Pix2Pix
 from faic.runs import Run
@@ -158,6 +162,21 @@ def test_busy_cores_are_left_alone(four_threads, capsys):
     core.free_cores.cache_clear()
     four_threads.setattr(faic.core, "busy_cores", lambda: 0.6)
     assert not core.leave_busy_cores() and torch.get_num_threads() == 4
+
+
+def test_colorizing_leaves_busy_cores_alone_without_a_word(four_threads, tmp_path, monkeypatch, capsys):
+    """One thread too many makes it several times slower: the others wait for the one without a core."""
+    used = []
+
+    def paint(gray, generators):
+        used.append(torch.get_num_threads())
+        return gray.expand(-1, 3, -1, -1)
+
+    made = RunColorizer(None, 1, paint, 32, "lab", torch.device("cpu"), dict(run="a run"))
+    monkeypatch.setattr(faic.colorize, "open_run_colorizer", lambda *arguments: made)
+    Image.effect_noise((50, 40), 60).save(tmp_path / "a.png")
+    run_colorize(str(tmp_path / "a.png"), device="cpu")
+    assert set(used) == {3} and "cores busy" not in capsys.readouterr().out
 
 
 def test_a_number_that_the_user_chose_stays(four_threads):
