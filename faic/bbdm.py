@@ -316,7 +316,8 @@ ARCHITECTURE = Architecture(
         plateau=dict(factor=.5, patience=3000, threshold=1e-4, cooldown=3000, min_lr=5e-7),
         ema=dict(decay=.995, start=30_000, every=32), # counted in batches
     ),
-    variants={'default': {}, 'beta1-0.7': dict(beta1=.7), 'l2': dict(loss='l2'), 'lr-5e-4': dict(lr=5e-4)},
+    variants={'default': {}, 'beta1-0.7': dict(beta1=.7), 'l2': dict(loss='l2'), 'lr-5e-4': dict(lr=5e-4),
+              'ysubx': dict(objective='ysubx')},
     make=make_bbdm,
     colorizer=_colorizer,
     sampling=dict(sample_steps=200, eta=1.),
