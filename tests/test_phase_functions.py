@@ -102,4 +102,4 @@ def test_the_functions_need_no_jupyter(photographs, tmp_path):
     command = [sys.executable, "-c", WITHOUT_JUPYTER, str(photographs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "one variant alone wins nothing" in done.stdout, done.stderr[-2000:]
-    assert "11 tables 13 figures" in done.stdout and len(list((tmp_path / "figures").glob("*/figure*.png"))) == 13
+    assert "11 tables 14 figures" in done.stdout and len(list((tmp_path / "figures").glob("*/figure*.png"))) == 14

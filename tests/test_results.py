@@ -33,7 +33,7 @@ DATA = dict(name="embedded", fingerprint="f00dfacade", side=8)
 TABLES = ("table1", "table2", "table3", "table4", "table_judges", "table_phase2", "table_sizes", "table_steps")
 TABLES += ("table_training", "table_costs", "record")
 FILES = [f"{t}.{e}" for t in TABLES for e in ("csv", "md")]
-FILES += [f"figure{n}.png" for n in (*range(1, 12), "_steps", "_costs")] + ["hypothesis.md", "report.pdf"]
+FILES += [f"figure{n}.png" for n in (*range(1, 12), "_steps", "_costs", "_models")] + ["hypothesis.md", "report.pdf"]
 
 
 def scores(fid, width=2.0, only=METRICS):
