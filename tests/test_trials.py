@@ -28,7 +28,7 @@ def test_rehearsal(tmp_path):
     """Every stage at toy size, a minute on an idle core; the seconds are printed, not compared."""
     command, environment = (
         [sys.executable, str(TRIALS / "gpu.py"), "--rehearse"],
-        os.environ | dict(OMP_NUM_THREADS="1"),
+        os.environ | dict(OMP_NUM_THREADS="2"),
     )
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     print(done.stdout)

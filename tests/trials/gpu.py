@@ -21,6 +21,7 @@ from pathlib import Path
 TRIALS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TRIALS.parents[1]), str(TRIALS.parent), str(TRIALS)]
 os.environ.setdefault("TQDM_DISABLE", "1")  # one line an item, no bars
+os.environ["OMP_NUM_THREADS"] = "1"  # processes are forked: GNU OpenMP hangs in a child whose parent had several threads
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is opened
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look for GPUs must not keep forked processes from them
 
