@@ -248,7 +248,7 @@ def run_colorize(
     targets, failed = _find_all(p)
     device = pick_device(p.device)
     if device.type == 'cpu':
-        leave_busy_cores(announce='') # on a busy core, a second thread makes colorizing many times slower
+        leave_busy_cores() # on a busy core, a second thread makes colorizing many times slower
     found = Colorized(open_run_colorizer(p.model, device, p.first_stage, p), {}, {}, failed)
     for file, reason in failed.items():
         report(file, [], reason)

@@ -309,20 +309,11 @@ def set_threads(number:int=USUAL_THREADS)->bool: # whether it was set
     torch.set_num_threads(number)
     return True
 
-def leave_busy_cores(
-    announce:str='training', # the work that the printed sentence names; '': print nothing
-)->bool: # whether fewer threads than usual are used
-    "Use no more threads than there are free cores, and print that; keep a number that the user chose."
-    if USUAL_THREADS == 1 or not set_threads():
+def leave_busy_cores()->bool: # whether fewer threads than usual are used
+    "Use no more threads than there are free cores; keep a number that the user chose."
+    if USUAL_THREADS == 1 or not set_threads() or free_cores() >= USUAL_THREADS:
         return False
-    free, cores = free_cores(), len(usable_cores())
-    if free >= USUAL_THREADS:
-        return False
-    set_threads(free)
-    if announce:
-        print(f'Other work keeps {cores - free} of {cores} cores busy: {announce} uses {free} of {USUAL_THREADS} '
-              'threads. OMP_NUM_THREADS sets another number.')
-    return True
+    return set_threads(free_cores())
 
 # %% ../nbs/00_core.ipynb #38cff83c
 _UNITS = ('steps', 'epochs', 'hours')

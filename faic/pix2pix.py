@@ -214,19 +214,18 @@ class Pix2Pix:
     def make_losses(self, L:Tensor, ab:Tensor, masks=None, adversarial=True):
         "Yield the losses, given a condition and its target: scaled Lab, (B,1,H,W) and (B,2,H,W), or latents."
         fake = upcast_float32(self.G(L, masks))
+        G_L1 = self.lambda_l1*F.l1_loss(fake, ab)
+        self.terms = dict(G_L1=G_L1.detach())
         if not adversarial:
-            G_L1 = self.lambda_l1*F.l1_loss(fake, ab)
-            self.terms = dict(G_L1=G_L1.detach())
             yield 'G', G_L1
             return
         D_fake = gan_loss(self.D(torch.cat([L, fake], 1).detach()), False, self.gan_mode)
         D_real = gan_loss(self.D(torch.cat([L, ab], 1)), True, self.gan_mode)
-        self.terms = dict(D_fake=D_fake.detach(), D_real=D_real.detach())
+        self.terms |= dict(D_fake=D_fake.detach(), D_real=D_real.detach())
         yield 'D', (D_fake + D_real)/2
 
         G_GAN = gan_loss(self.D(torch.cat([L, fake], 1)), True, self.gan_mode)
-        G_L1 = self.lambda_l1*F.l1_loss(fake, ab)
-        self.terms |= dict(G_GAN=G_GAN.detach(), G_L1=G_L1.detach())
+        self.terms |= dict(G_GAN=G_GAN.detach())
         yield 'G', G_GAN + G_L1
 
 # %% ../nbs/20_pix2pix.ipynb #f712bef6

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'PAPER_MODELS', 'PRESETS', 'DAYS', 'find_architecture', 'all_components', 'find_description',
            'default_variants', 'default_variant', 'Preset', 'preset_precision', 'preset_side', 'default_latent',
-           'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'study_budgets',
-           'paper_work', 'component_budget', 'make_trainee', 'make_colorizer', 'default_sampling', 'describe_sampling',
-           'training_flop']
+           'published_latent', 'components_of', 'model_options', 'variant_changes', 'day_budget', 'paper_work',
+           'component_budget', 'study_budgets', 'make_trainee', 'make_colorizer', 'default_sampling',
+           'describe_sampling', 'training_flop']
 
 # %% ../nbs/41_presets.ipynb #cee6d1fd
 import re
@@ -273,25 +273,6 @@ def day_budget(
         raise ValueError(f"the budget names no {model}; add '{model}=200 steps' to {budget!r}")
     return budgets.get(model, budgets.get(''))[('phase1', 'phase2').index(phase)]
 
-def study_budgets(
-    text:str, # '200 steps', '100/200 steps', 'pix2pix=200 steps, bbdm=50/100 steps'
-)->dict: # model, or '' for all -> (Budget of a variant, Budget of a day)
-    "Read the budgets of a study; ValueError for a text that is none."
-    found, entries = {}, text.split(',')
-    try:
-        for entry in entries:
-            model, _, amounts = entry.rpartition('=')
-            numbers, _, unit = amounts.strip().partition(' ')
-            first, slash, second = numbers.partition('/')
-            found[model.strip()] = Budget.parse(f'{first} {unit}'), Budget.parse(f'{second if slash else first} {unit}')
-        readable = not found.keys() - {'', *ARCHITECTURES} and len(found) == len(entries)
-    except ValueError:
-        readable = False
-    if not readable or ('' in found and len(found) > 1):
-        raise ValueError("a budget reads like '200 steps', '3 epochs', '2 hours' or 'paper'; like '100/200 steps' for a "
-                         f"variant and for a day; or like 'pix2pix=200 steps, bbdm=50/100 steps'; found {text!r}")
-    return found
-
 def paper_work(
     model:str,
     phase:str, # 'phase1' or 'phase2'
@@ -310,6 +291,26 @@ def component_budget(
 )->Budget:
     "Return the budget of a component in a phase."
     return Budget.parse(PRESETS[preset].components[component][('phase1', 'phase2').index(phase)])
+
+# %% ../nbs/41_presets.ipynb #a16064fb
+def study_budgets(
+    text:str, # '200 steps', '100/200 steps', 'pix2pix=200 steps, bbdm=50/100 steps'
+)->dict: # model, or '' for all -> (Budget of a variant, Budget of a day)
+    "Read the budgets of a study; ValueError for a text that is none."
+    found, entries = {}, text.split(',')
+    try:
+        for entry in entries:
+            model, _, amounts = entry.rpartition('=')
+            numbers, _, unit = amounts.strip().partition(' ')
+            first, slash, second = numbers.partition('/')
+            found[model.strip()] = Budget.parse(f'{first} {unit}'), Budget.parse(f'{second if slash else first} {unit}')
+        readable = not found.keys() - {'', *ARCHITECTURES} and len(found) == len(entries)
+    except ValueError:
+        readable = False
+    if not readable or ('' in found and len(found) > 1):
+        raise ValueError("a budget reads like '200 steps', '3 epochs', '2 hours' or 'paper'; like '100/200 steps' for a "
+                         f"variant and for a day; or like 'pix2pix=200 steps, bbdm=50/100 steps'; found {text!r}")
+    return found
 
 # %% ../nbs/41_presets.ipynb #93e51a8e
 def make_trainee(

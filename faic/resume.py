@@ -381,7 +381,10 @@ def choose_threads(trainer, new:bool): # new: the run starts, it does not resume
         return
     if new:
         if leave_busy_cores():
-            log_event(t, event='threads', step=t.step, threads=torch.get_num_threads(), cores=cores)
+            threads = torch.get_num_threads()
+            log_event(t, event='threads', step=t.step, threads=threads, cores=cores)
+            print(f'Other work keeps {cores - threads} of {cores} cores busy, so training takes the other {threads}. '
+                  'OMP_NUM_THREADS sets another number of threads.')
         return
     before = [e['threads'] for e in t.run.events() if e.get('event') == 'threads' and e['cores'] == cores]
     set_threads(*before[-1:])

@@ -195,7 +195,8 @@ def test_failures_compares_with_gray_and_with_untrained_networks(phase2, photogr
         1,
     ]  # Pix2Pix, gray image, photographs: one lightness
     assert errors["color, share of the photograph's"]["gray image"] < 0.01
-    figures = {f"{name}.png" for name in ("failures_pix2pix", "failures_mean", "figure4_free", "figure8_free")}
+    names = ("failures_pix2pix", "failures_mean", "figure4_free", "figure8_free", "figure_models_free")
+    figures = {f"{name}.png" for name in names}
     assert figures <= {f.name for f in folder.iterdir()}
 
 

@@ -31,7 +31,7 @@ from faic.runs import open_run
 from faic.trainer import train_day
 
 COLUMNS = ("PSNR", "chroma error", "colorfulness")
-# not in all options
+# options that not every model has
 OPTIONAL = {"precision", "accumulate", "warmup", "weight_decay", "clip_weights", "lr_factors", "l1_first"}
 
 
