@@ -203,7 +203,7 @@ class Pix2Pix:
         batch:dict, # 'rgb' (B,3,H,W) in [0,1], the values of 8-bit pixels; 'fraction' of the training done (1)
         generator, # for dropout, see sample_dropout_masks
     ):
-        "Yield ('D', loss) and then ('G', loss), at first perhaps ('G', loss) only; step each before asking for the next."
+        "Yield ('D', loss), unless it is too early, and then ('G', loss); step each before asking for the next."
         with torch.autocast(batch['rgb'].device.type, enabled=False): # autocast would round the colors
             L, ab = scaled_lab(batch['rgb'])
         masks = None

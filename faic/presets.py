@@ -308,8 +308,8 @@ def study_budgets(
     except ValueError:
         readable = False
     if not readable or ('' in found and len(found) > 1):
-        raise ValueError("a budget reads like '200 steps', '3 epochs', '2 hours' or 'paper'; like '100/200 steps' for a "
-                         f"variant and for a day; or like 'pix2pix=200 steps, bbdm=50/100 steps'; found {text!r}")
+        raise ValueError("a budget reads like '200 steps', '3 epochs', '2 hours' or 'paper'; like '100/200 steps' for "
+                         f"a variant and for a day; or like 'pix2pix=200 steps, bbdm=50/100 steps'; found {text!r}")
     return found
 
 # %% ../nbs/41_presets.ipynb #93e51a8e
