@@ -259,10 +259,17 @@ def _notebook_process(name, parameters, folder, mirror, environment, failure):
     try:
         run_notebook(name, parameters, folder, mirror)
     except KeyboardInterrupt:
+        _kill_children()
         raise SystemExit(143) from None
     except SystemExit as e:
         failure.send(str(e))
         raise SystemExit(1) from None
+
+def _kill_children(): # a kernel that was still starting when this notebook was stopped
+    import psutil
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess): # it has just ended
+            child.kill()
 
 def _wait_for_parent(number, frame): # Ctrl-C reaches all processes of the terminal; the parent stops this one
     pass

@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from faic.study import _check_finished
+from faic.study import _check_finished, _notebook_process
 
 COMMAND = [sys.executable, "-m", "faic", "study", "--models", "pix2pix,coltran", "--side-by-side", "2"]
 
@@ -31,6 +32,27 @@ def test_a_study_that_fails_says_why_and_stops_its_other_notebook(folders, tmp_p
     assert f"found nothing at {missing}" in done.stderr and done.stderr.count(" stopped:") == 1
     executed = sorted(f.name for f in Path(folders["FAIC_RUNS"]).rglob("*.ipynb"))
     assert set(executed) <= {"phase1-pix2pix.ipynb", "phase1-coltran.ipynb"}
+
+
+def has_ended(process):
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # ended, and its new parent has not asked yet
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_notebook_that_is_stopped_while_its_kernel_starts_leaves_no_kernel(folders, tmp_path):
+    failure, end = multiprocessing.Pipe(duplex=False)
+    arguments = "phase1", {"data": str(tmp_path / "nowhere")}, tmp_path, None, folders, end
+    process = multiprocessing.get_context("spawn").Process(target=_notebook_process, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (kernels := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    process.join()
+    assert kernels and all(has_ended(kernel) for kernel in kernels)
+    assert process.exitcode == 143 and not failure.poll()
 
 
 def notebooks_that_train(folder):
