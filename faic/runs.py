@@ -11,6 +11,7 @@ __all__ = ['PACKAGES', 'launch_command', 'gpu_driver', 'provenance', 'code_commi
 import io, json, os, platform, re, shlex, subprocess, sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -86,6 +87,10 @@ def _version(package):
         return 'not installed'
 
 # %% ../nbs/02_runs.ipynb #e1eed549
+@lru_cache(maxsize=500) # a page of results asks for the same file a hundred times
+def _read_csv(file, *version): # the version changes with the file
+    return pd.read_csv(file)
+
 @dataclass
 class Run:
     "The folder of one training run."
@@ -106,7 +111,10 @@ class Run:
     def metrics(self)->pd.DataFrame: # one row per evaluation; empty before the first
         "Read metrics.csv."
         f = self.path/'metrics.csv'
-        return pd.read_csv(f) if f.exists() else pd.DataFrame()
+        if not f.exists():
+            return pd.DataFrame()
+        found = f.stat()
+        return _read_csv(f, found.st_ino, found.st_mtime_ns, found.st_size).copy()
 
     def add_metrics(self, row:dict):
         "Append one evaluation to metrics.csv, atomically."
