@@ -125,18 +125,19 @@ def _palette_sampling(steps):
 # %% ../nbs/41_presets.ipynb #69adf44b
 PRESETS = {
     'smoke': Preset(
-        budget='60 steps',
-        components={'coltran_color': ('50 steps', '50 steps'), 'coltran_spatial': ('40 steps', '40 steps')}
-                   | _each_vqgan('50 steps'),
+        budget='40 steps',
+        components={'coltran_color': ('30 steps', '30 steps'), 'coltran_spatial': ('30 steps', '30 steps')}
+                   | _each_vqgan('30 steps'),
         sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(4),
         further=(dict(model='bbdm', first_stage='plain'),),
+        scored=24,
         changes={'pix2pix': dict(side=64, load_side=72, width=16)}
                 | _small_classifier(16, 4, 1e-3)
                 | _small_cgan(16, 16, 4, 1e-3)
                 | _small_palette(.9, channels=8, groups=2, batch_size=1)
                 | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
-                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=25,
+                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=15,
                                    batch_size=2, lr=1e-3))),
     'laptop': Preset(
         budget='0.1 hours',
@@ -346,7 +347,12 @@ def training_flop(
     components:dict={}, # name -> options, of the networks that it is trained on, such as a first stage
     step:int=0, # of the training, as a discriminator may join later
 )->float: # FLOP per photograph; where steps differ, their mean over the training
-    "Count the arithmetic of a training step, forward and backward of all updates, on tensors without content."
+    "Count the arithmetic of a training step, forward and backward of all updates."
+    with torch.device('meta'):
+        networks = make_trainee(model, options).networks().values()
+    if sum(p.numel() for net in networks for p in net.parameters()) < 1e7:
+        with torch.random.fork_rng([]): # the caller's random numbers stay the same
+            return _count_flop(model, options, components, step)
     # converting a module swaps its weights, and tensors without content refuse that; no conversion changes the count
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), patch('torch.utils.swap_tensors'):
