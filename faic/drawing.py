@@ -356,8 +356,9 @@ def add_table(
     page.y -= bottoms[-1] + gap
 
 def _text_width(text, size): # inches, in bold
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-    font = FontProperties(weight='bold', size=size)
-    return max((TextPath((0, 0), plain_text(line), prop=font).get_extents().width for line in text.split('\n') if line),
-               default=0)/72
+    dots, font = 300, FontProperties(weight='bold', size=size) # per inch
+    renderer = RendererAgg(1, 1, dots)
+    widths = [renderer.get_text_width_height_descent(line, font, ismath=False)[0] for line in text.split('\n') if line]
+    return max(widths, default=0)/dots

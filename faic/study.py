@@ -280,7 +280,7 @@ def _stop_once(number, frame): # the running notebook saves; a second signal mus
 
 # %% ../nbs/60_study.ipynb #51de0005
 def run_chains(
-    chains:list, # lists of (notebook, parameters, weight); the steps of a list run in their order
+    chains:list, # lists of (notebook, parameters, weight); the first step of a list runs before the others
     progress:StudyProgress, # with as many bars as notebooks may run side by side
     folder:Path, # gets the executed notebooks
     variables:dict={}, # of the environment
@@ -299,7 +299,7 @@ def run_chains(
                 running.remove(done)
                 _check_finished(done)
                 progress.finish(done.task)
-                waiting += [done.chain[1:]] if len(done.chain) > 1 else []
+                waiting += [[step] for step in done.chain[1:]]
     finally:
         for r in running: # each saves first
             r.process.terminate()
