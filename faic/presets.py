@@ -125,9 +125,9 @@ def _palette_sampling(steps):
 # %% ../nbs/41_presets.ipynb #69adf44b
 PRESETS = {
     'smoke': Preset(
-        budget='40 steps',
-        components={'coltran_color': ('30 steps', '30 steps'), 'coltran_spatial': ('30 steps', '30 steps')}
-                   | _each_vqgan('30 steps'),
+        budget='30 steps',
+        components={'coltran_color': ('20 steps', '20 steps'), 'coltran_spatial': ('20 steps', '20 steps')}
+                   | _each_vqgan('20 steps'),
         sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(4),
         further=(dict(model='bbdm', first_stage='plain'),),
         scored=24,
@@ -137,7 +137,7 @@ PRESETS = {
                 | _small_palette(.9, channels=8, groups=2, batch_size=1)
                 | _small_coltran(.9, _narrow(64, 8), _narrow(64, 8, lr=3e-3), _narrow(32, 2, lr=3e-3))
                 | _small_bbdm(.9, dict(channels=32, channel_mult=[1, 2, 4], num_res_blocks=1, batch_size=4),
-                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=15,
+                              dict(ch=16, num_res_blocks=1, n_embed=256, codebook='data', disc_width=16, disc_start=10,
                                    batch_size=2, lr=1e-3))),
     'laptop': Preset(
         budget='0.1 hours',
