@@ -131,7 +131,7 @@ PRESETS = {
         sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(4),
         further=(dict(model='bbdm', first_stage='plain'),),
         scored=24,
-        changes={'pix2pix': dict(side=64, load_side=72, width=16)}
+        changes={'pix2pix': dict(side=64, load_side=72, width=8)}
                 | _small_classifier(16, 4, 1e-3)
                 | _small_cgan(16, 16, 4, 1e-3)
                 | _small_palette(.9, channels=8, groups=2, batch_size=1)
