@@ -225,16 +225,17 @@ def draw_speed(
 
 # %% ../nbs/57_results.ipynb #57b10004
 def _report_curves(page, selection, answers): # four panels with one height and one scale
-    page.text('FID at equal time, equal data and equal arithmetic, and against the time of an answer', 8, .28, 'bold')
+    network_name, curves, columns = selection_network(selection), cost_curves(selection), 6 # of the legend
+    gap = .1 + .18*(len(curves)//columns + 1) # inches; the gray image has an entry, too
+    page.text('FID at equal time, equal data and equal arithmetic, and against the time of an answer', 8, gap, 'bold')
     height, width, left, step = 1.45, 1.42, .45, 1.68
     axes = [page.axes(left + step*k, height, width) for k in range(4)]
-    network_name, curves = selection_network(selection), cost_curves(selection)
     draw_costs(axes[:3], curves, 'FID', network_name, baseline_rows(selection))
     draw_speed(axes[3], curves, answers.seconds, column_name('FID', network_name))
     for ax in axes[1:]:
         ax.sharey(axes[0])
         ax.tick_params(labelleft=False)
-    page.fig.legend(*axes[0].get_legend_handles_labels(), loc='lower center', ncols=6, frameon=False,
+    page.fig.legend(*axes[0].get_legend_handles_labels(), loc='lower center', ncols=columns, frameon=False,
                     bbox_to_anchor=(.5, page.y/11.69))
     page.y -= height + .5
 
