@@ -350,7 +350,7 @@ def training_flop(
     "Count the arithmetic of a training step, forward and backward of all updates."
     with torch.device('meta'):
         networks = make_trainee(model, options).networks().values()
-    if sum(p.numel() for net in networks for p in net.parameters()) < 1e7:
+    if sum(p.numel() for net in networks for p in net.parameters()) < 1e7: # computing is faster than tracing
         with torch.random.fork_rng([]): # the caller's random numbers stay the same
             return _count_flop(model, options, components, step)
     # converting a module swaps its weights, and tensors without content refuse that; no conversion changes the count
