@@ -14,6 +14,7 @@ import hashlib, os, stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -348,7 +349,8 @@ def _crops(package, file, sizes): # the photograph, and boxes (left, top, right,
         boxes += [(left, top, left + s, top + s) for top in tops for left in lefts]
     return photo, boxes
 
-def _embedded(side): # Photos
+@lru_cache(maxsize=2) # cutting takes one to three seconds
+def _embedded_crops(side): # (216,side,side,3) uint8, manifest
     pixels, rows = [], []
     for p in EMBEDDED:
         photo, boxes = _crops(p.package, p.file, p.sizes)
@@ -356,12 +358,15 @@ def _embedded(side): # Photos
             pixels.append(np.asarray(photo.crop(box).resize((side, side), Image.LANCZOS)))
             described = _manifest_row(p.name, 'used', f'crop {box}', *photo.size, pixels[-1])
             rows.append(dict(described, row=len(rows), split=p.split))
-    manifest = pd.DataFrame(rows)
+    return np.stack(pixels), pd.DataFrame(rows)
+
+def _embedded(side): # Photos
+    pixels, manifest = (kept.copy() for kept in _embedded_crops(side))
     splits = {s: np.flatnonzero(manifest['split'] == s) for s in ('train', 'validation', 'test')}
     splits['train_phase1'] = np.flatnonzero(manifest['file'].isin(PHASE1))
     fingerprint = _fingerprint(side, manifest['sha256'], splits)
     licenses = '; '.join(f'{p.name} ({p.package}: {p.license})' for p in EMBEDDED)
-    return Photos('embedded', fingerprint, side, np.stack(pixels), splits, CAUTION, f'Photographs: {licenses}.',
+    return Photos('embedded', fingerprint, side, pixels, splits, CAUTION, f'Photographs: {licenses}.',
                   manifest, {}, None, runs_dir()/f'data-embedded-{side}-{fingerprint[:6]}')
 
 # %% ../nbs/05_photos.ipynb #8e5f5e77

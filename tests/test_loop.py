@@ -55,11 +55,11 @@ def weights(trainer):
 def test_a_resumed_run_in_half_precision_is_the_same_to_the_bit(tmp_path, name):
     """In bfloat16 with channels last: two days by one trainer, and by two; losses are float32 all the same."""
     half = dict(precision="bfloat16", channels_last=True)
-    whole, first = (trainer(tmp_path / f, name, 10, **half) for f in ("whole", "halves"))
+    whole, first = (trainer(tmp_path / f, name, 6, **half) for f in ("whole", "halves"))
     train_day(whole, 1)
     train_day(whole, 2)
     train_day(first, 1)
-    second = trainer(tmp_path / "halves", name, 10, **half)
+    second = trainer(tmp_path / "halves", name, 6, **half)
     train_day(second, 2)
     a, b = weights(whole), weights(second)
     assert all(torch.equal(v, b[k]) for k, v in a.items()) and all(v.dtype != torch.bfloat16 for v in a.values())
@@ -68,7 +68,7 @@ def test_a_resumed_run_in_half_precision_is_the_same_to_the_bit(tmp_path, name):
     assert bool(four) == ("coltran" not in name)
     losses = train_step(second, next(day_batches(second)))
     assert {v.dtype for v in losses.values()} == {torch.float32}
-    plain = trainer(tmp_path / "plain", name, 10)
+    plain = trainer(tmp_path / "plain", name, 6)
     for day in (1, 2):
         train_day(plain, day)
     assert any(not torch.equal(v, weights(plain)[k]) for k, v in a.items())
@@ -238,9 +238,10 @@ def test_the_load_of_the_cores_is_measured(tmp_path, monkeypatch):
 def test_the_throughput_trial_runs(tmp_path):
     import throughput
 
-    words = "bbdm --preset smoke --seconds 0 --rounds 1 --warmup 1 --precision float32,bfloat16 --profile"
-    items = throughput.main([*words.split(), "--set", "batch_size=2", "--out", str(tmp_path / "out.json")])["items"]
-    assert [(item["model"], item["precision"]) for item in items] == [("bbdm", "float32"), ("bbdm", "bfloat16")]
+    words = "pix2pix --preset smoke --seconds 0 --rounds 1 --warmup 1 --precision float32,bfloat16 --profile"
+    changes = "batch_size=2", 'ema={"decay": 0.9, "start": 0, "every": 1}'
+    items = throughput.main([*words.split(), "--set", *changes, "--out", str(tmp_path / "out.json")])["items"]
+    assert [(item["model"], item["precision"]) for item in items] == [("pix2pix", "float32"), ("pix2pix", "bfloat16")]
     for item in items:
         stages = item["profile"]["stages"]
         assert item["best"] > 0 and stages["averages"] > 0

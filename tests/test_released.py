@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from feature_nets import QuarterColors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import faic.dataset
 import faic.released
 from faic.colorizer import open_run_colorizer
 from faic.components import study_photos
@@ -214,7 +212,6 @@ def test_two_slices_become_a_release_that_colorizes(weights, photo, tmp_path, mo
     monkeypatch.setattr(release, "efficientnet_lite0", quick_network("EfficientNet-Lite0"))
     monkeypatch.setattr(release, "efficientnet_lite2", quick_network("EfficientNet-Lite2"))
     monkeypatch.setattr(release_card, "SHOWN", 3)
-    monkeypatch.setattr(faic.dataset, "_embedded", cache(faic.dataset._embedded))  # cut once
     words = ["embedded", "--slices", "2", "--steps", "3", "--scored", "6", "--set", "width=2;batch_size=2"]
     with monkeypatch.context() as patch:
         patch.setattr(release, "score_slice", lambda *arguments: 1 / 0)

@@ -56,7 +56,7 @@ def make_spatial_upsampler():
 
 def make_vqgan():
     widths = dict(ch=16, num_res_blocks=1, n_embed=32, disc_width=8)
-    return VQGAN("f4", perceptual_weight=0.0, disc_start=4, codebook="data", **widths)
+    return VQGAN("f4", perceptual_weight=0.0, disc_start=2, codebook="data", **widths)
 
 
 def make_bbdm():
@@ -105,7 +105,7 @@ def make_latent_coltran():
 
 def make_gray_decoder():
     widths = dict(ch=16, num_res_blocks=1, disc_width=8)
-    return GrayDecoderTrainee(perceptual_weight=0.0, disc_start=4, first_stage=frozen_stage(), **widths)
+    return GrayDecoderTrainee(perceptual_weight=0.0, disc_start=2, first_stage=frozen_stage(), **widths)
 
 
 TRAINEES = {  # name -> (function that makes it, options)
