@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
@@ -22,6 +21,7 @@ import torch
 from .batches import ordered_batches
 from .core import Budget, ProgressBar, is_main_process, make_generator, read_json, short_hash, write_bytes
 from .dataset import cached_array, load_photos, resized_for_crops
+from .distributed import barrier
 from .evaluate import REFERENCE_SPLIT, evaluate, reconstruction, sample_rows
 from .first_stages import codebook_usage, external_first_stage, external_name
 from .gray_decoder import GRAY_DECODERS
@@ -336,7 +336,7 @@ def evaluate_component(
         table = pd.DataFrame([dict(day=1, **work, **row) for row in rows])
         if is_main_process():
             write_bytes(run.path/'metrics.csv', table.to_csv(index=False).encode())
-        idist.barrier()
+        barrier()
     first = run.metrics().iloc[0]
     if 'bits' in first:
         return f"{first['bits']:.2f} bits per value on the {first['split']} split"

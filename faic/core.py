@@ -6,9 +6,9 @@
 __all__ = ['RESULT_SOFTWARE', 'RESULTS_MARKER', 'USUAL_THREADS', 'NOWHERE', 'clone_root', 'repo_root', 'result_folders',
            'runs_dir', 'figures_dir', 'require_writable', 'printable', 'atomic_write', 'write_bytes', 'write_json',
            'read_json', 'short_hash', 'make_generator', 'BatchGenerator', 'sample_per_image', 'randint_sampler',
-           'is_main_process', 'file_lock', 'pick_device', 'device_name', 'has_bfloat16', 'set_deterministic',
-           'usable_cores', 'busy_cores', 'free_cores', 'set_threads', 'leave_busy_cores', 'Budget', 'full_demo',
-           'demo_steps', 'kernel_shell', 'CellBars', 'ProgressBar', 'require_same_clone']
+           'get_world_size', 'get_rank', 'is_main_process', 'file_lock', 'pick_device', 'device_name', 'has_bfloat16',
+           'set_deterministic', 'usable_cores', 'busy_cores', 'free_cores', 'set_threads', 'leave_busy_cores', 'Budget',
+           'full_demo', 'demo_steps', 'kernel_shell', 'CellBars', 'ProgressBar', 'require_same_clone']
 
 # %% ../nbs/00_core.ipynb #80527373
 import hashlib, json, os, platform, sys, tempfile, time
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -185,9 +185,17 @@ def randint_sampler(high:int): # a `kind` for `sample_per_image`
     return lambda shape, **where: torch.randint(high, shape, **where)
 
 # %% ../nbs/00_core.ipynb #e2157f4d
+def get_world_size()->int:
+    "Return how many processes share the run."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def get_rank()->int:
+    "Return the number of this process among them; the main process is 0."
+    return dist.get_rank() if get_world_size() > 1 else 0
+
 def is_main_process()->bool:
     "Tell whether this is the process that writes files and prints."
-    return idist.get_rank() == 0
+    return get_rank() == 0
 
 # %% ../nbs/00_core.ipynb #338b1c47
 @contextmanager

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from .core import file_lock, read_json, runs_dir, short_hash, write_bytes, write_json
+from .distributed import one_rank_first
 from .photos import (FILTER, GRAY_PHOTOGRAPHS, PAPER_SPLIT, Photos, _cautions, # noqa: F401, for importers
                          _embedded, _in_chunks, _possible_splits, _too_few, diff_files, equal_together,
                          hash_order, list_files, name_files, read_manifest, read_photo, scan_folder, update_rows,
@@ -340,7 +340,7 @@ def load_photos(
         found = 'a file' if root.is_file() else 'nothing'
         raise ValueError(f"data = {str(data)!r}: expected 'embedded' or a folder of images, found {found} at {root}")
     name = dataset_name(root)
-    with idist.one_rank_first(): # of the processes that share a run
+    with one_rank_first(): # of the processes that share a run
         if name == root.name:
             folder, manifest = _from_photographs(root, side, paper_split)
         else:
@@ -403,7 +403,7 @@ def cached_array(
 )->np.ndarray: # memory-mapped, read-only; OSError if the disk is full or read-only
     "Make an array once and keep it in a file; if it is damaged, make it again and print that."
     path, count, row_bytes = Path(path), shape[0], math.prod(shape[1:])*np.dtype(dtype).itemsize
-    with idist.one_rank_first(): # of the processes that share a run
+    with one_rank_first(): # of the processes that share a run
         fault = _corruption(path, count, row_bytes, _read_checksums(path)) if path.exists() else ''
         if fault:
             print(f'{path.parent.name}/{path.name} is damaged ({fault}): making it again from the first wrong row on')

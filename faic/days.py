@@ -10,7 +10,6 @@ __all__ = ['study_run', 'listed_photographs', 'check_unfinished', 'run_days', 'm
 from dataclasses import replace
 from pathlib import Path
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 
@@ -20,7 +19,7 @@ from .components import (PHASE_DAYS, SCORED_SPLIT, TRAINING_SPLIT, baseline_run,
                              data_options, hash_sampling, make_trainer)
 from .core import Budget, ProgressBar, is_main_process, make_generator, runs_dir, write_bytes
 from .dataset import diff_files
-from .distributed import group_lock
+from .distributed import barrier, group_lock
 from .evaluate import (REFERENCE_SPLIT, SAMPLES, evaluate, evaluate_real, gray_baseline, lightness_modes,
                            retry_on_oom, sample_rows, score_samples)
 from .photos import Photos
@@ -198,7 +197,7 @@ def score(
     if is_main_process():
         for lightness in missing_rows(run, trainee, day, sampling):
             run.add_metrics(dict(day=day, **work, sampling=name, lightness=lightness, **rows[lightness]))
-    idist.barrier()
+    barrier()
 
 # %% ../nbs/46_days.ipynb #2d5a2985
 def run_baselines(

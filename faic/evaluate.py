@@ -11,15 +11,14 @@ import io, time, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batches import ordered_batches
 from .color import lab_to_rgb, to_uint8, transfer_lightness, unscale_lab
-from .core import ProgressBar, file_lock, make_generator, runs_dir, write_bytes
-from .distributed import all_gather_object
+from .core import ProgressBar, file_lock, get_rank, get_world_size, make_generator, runs_dir, write_bytes
+from .distributed import all_gather_object, one_rank_first
 from .intervals import summarize
 from .judges import SAMPLED_PHOTOS, SAMPLES_EACH, compare_samples, judge_scores, sample_columns
 from .metrics import image_scores
@@ -51,7 +50,7 @@ def features_of(
     network = feature_net.network_name.replace(', ', '-')
     name = f'{photos.fingerprint[:16]}-{split}-{len(photos.splits[split])}-{network}.npz'
     file = runs_dir()/'data-features'/name
-    with idist.one_rank_first(), file_lock(file.with_suffix('.lock')):
+    with one_rank_first(), file_lock(file.with_suffix('.lock')):
         found = _cached_features(file)
         if found is None:
             found = _compute_features(photos, split, feature_net, device)
@@ -188,7 +187,7 @@ def _score_batches(colorized, modes, feature_net, kept, judges): # -> _Findings;
 
 # %% ../nbs/43_evaluate.ipynb #e1a5000d
 def _own_share(photos, split): # the photographs, with this process's rows of the split alone
-    rows = np.array_split(photos.splits[split], idist.get_world_size())[idist.get_rank()]
+    rows = np.array_split(photos.splits[split], get_world_size())[get_rank()]
     return replace(photos, splits={split: rows})
 
 def _colorized(colorize, batches, input_key, seed, noise_device): # yields (batch, rgb)

@@ -15,15 +15,14 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-import ignite.distributed as idist
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .core import (atomic_write, is_main_process, leave_busy_cores, set_threads, usable_cores, write_bytes,
-                       write_json)
-from .distributed import all_reduce_sum, signal_at_parents_death
+from .core import (atomic_write, get_world_size, is_main_process, leave_busy_cores, set_threads, usable_cores,
+                       write_bytes, write_json)
+from .distributed import all_reduce_sum, barrier, one_rank_first, signal_at_parents_death
 from .train import OPTIMIZER_TENSORS, accumulated, settle
 
 # %% ../nbs/31_resume.ipynb #c3dfc06a
@@ -229,7 +228,7 @@ def _check_shapes(name, optimizer): # torch does not compare them
 def load_checkpoint(trainer):
     "Restore the state in last.pt, or in previous.pt where last.pt is damaged or missing."
     t = trainer
-    with idist.one_rank_first():
+    with one_rank_first():
         state, file = newest_state(t)
     _restore(t, state, file)
     for n, gradients in state['gradients'].items():
@@ -346,11 +345,11 @@ def _watch_discriminator(trainer, step, fraction, values):
 def begin(trainer, continues:Path=None): # last.pt of a run that this one continues
     "Resume a run from its checkpoint, or start it; `TrainingStopped` where that is impossible."
     t = trainer
-    idist.barrier() # all processes see the same files
+    barrier() # all processes see the same files
     done = sum(t.day_weights(d).exists() for d in range(1, t.days + 1))
     if done == t.days:
         return choose_threads(t, new=False)
-    if idist.get_world_size() > 1:
+    if get_world_size() > 1:
         t.control = torch.distributed.new_group(backend='gloo') # for the clock and signals, between steps
     if is_main_process():
         lock_run(t.run.path)
@@ -361,8 +360,8 @@ def begin(trainer, continues:Path=None): # last.pt of a run that this one contin
     else:
         load_checkpoint(t)
     choose_threads(t, new)
-    if t.micro_batches*idist.get_world_size() > 1:
-        log_event(t, event='divided', step=t.step, pieces=t.micro_batches, processes=idist.get_world_size())
+    if t.micro_batches*get_world_size() > 1:
+        log_event(t, event='divided', step=t.step, pieces=t.micro_batches, processes=get_world_size())
 
 def _start(trainer, done, continues):
     if done:
@@ -377,7 +376,7 @@ def _start(trainer, done, continues):
 def choose_threads(trainer, new:bool): # new: the run starts, it does not resume
     "Use only idle cores in a new run; a resumed run keeps its threads, which decide the last bits of its sums."
     t, cores = trainer, len(usable_cores())
-    if t.device.type != 'cpu' or idist.get_world_size() > 1:
+    if t.device.type != 'cpu' or get_world_size() > 1:
         return
     if new:
         if leave_busy_cores():
@@ -400,7 +399,7 @@ def stop(trainer, signals:list): # that were deferred; raises KeyboardInterrupt,
         outcome = f'which could not be saved; last checkpoint: {describe_checkpoint(trainer)}'
     message = f'{number.name}: stopped after step {trainer.step:,}, {outcome}'
     print(message, flush=True)
-    idist.barrier()
+    barrier()
     if number == signal.SIGTERM:
         write_error(trainer, TrainingStopped(message))
         signal.signal(number, signal.SIG_DFL)

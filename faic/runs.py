@@ -15,7 +15,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import torch
@@ -24,6 +23,7 @@ from filelock import lock_descriptor
 from . import __version__
 from .core import (clone_root, device_name, is_main_process, read_json, runs_dir, short_hash, write_bytes,
                        write_json)
+from .distributed import barrier
 
 # %% ../nbs/02_runs.ipynb #8b5a6437
 def launch_command()->str: # e.g. 'papermill phase2.ipynb out.ipynb -p model coltran'
@@ -150,7 +150,7 @@ def open_run(
     path = runs_dir()/'-'.join(str(n) for n in names if n is not None)
     if is_main_process() and not (path/'options.json').exists():
         write_json(path/'options.json', dict(options, made=provenance(device) | notes))
-    idist.barrier()
+    barrier()
     stored = read_json(path/'options.json')
     differing = diff_options({k: v for k, v in stored.items() if k != 'made'}, o)
     if differing:

@@ -14,13 +14,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import ignite.distributed as idist
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from .batches import Batch, rank_rows
-from .core import BatchGenerator, Budget, make_generator
+from .core import BatchGenerator, Budget, get_rank, get_world_size, make_generator
 from .distributed import all_reduce_gradients, all_reduce_sum, convert_sync_batchnorm
 
 # %% ../nbs/30_train.ipynb #1a57eb60
@@ -192,7 +191,7 @@ class TrainingState(BudgetCounter):
         layout = torch.channels_last if options.get('channels_last') else torch.preserve_format
         self.networks = {n: net.to(device).to(memory_format=layout).train() for n, net in trainee.networks().items()}
         self.norms = [] # batch norms that span several processes
-        if idist.get_world_size() > 1:
+        if get_world_size() > 1:
             self.norms = [norm for net in self.networks.values() for norm in convert_sync_batchnorm(net)]
         self.parameters = {n: [p for p in net.parameters() if p.requires_grad] for n, net in self.networks.items()}
         rates = {n: dict(lr=network_rate(options, n)) for n in self.networks}
@@ -263,7 +262,7 @@ def place_batch(
     mine:int, # images of this process
 )->Placement:
     "Find this process's images in the whole batch."
-    rank, world = idist.get_rank(), idist.get_world_size()
+    rank, world = get_rank(), get_world_size()
     if world == 1:
         return Placement(mine, 0, True)
     images = batch_images(state)

@@ -12,13 +12,12 @@ import signal, time
 from contextlib import contextmanager
 from pathlib import Path
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
 from safetensors.torch import save
 
 from .batches import latent_batches, resident, training_batches
-from .core import Budget, ProgressBar, is_main_process, write_bytes
+from .core import Budget, ProgressBar, get_rank, get_world_size, is_main_process, write_bytes
+from .distributed import barrier
 from .resume import (CHECK_EVERY, TrainingStopped, begin, check_losses, defer_signals, describe_checkpoint,
                          eval_weights, explain_write_errors, record_errors, save_checkpoint, stop, try_to_save)
 from .runs import Run
@@ -113,7 +112,7 @@ def train_day(
         if trainer.fraction < day/trainer.days - ROUNDING:
             train_until(trainer, day)
         write_day(trainer, day)
-    idist.barrier()
+    barrier()
     return trainer.day_weights(day)
 
 def write_day(trainer:Trainer, day:int):
@@ -133,7 +132,7 @@ def write_day(trainer:Trainer, day:int):
 def day_batches(trainer:Trainer): # endless iterator
     "Make this process's batches, from the present step on."
     t, options = trainer, trainer.options
-    share = idist.get_rank(), idist.get_world_size()
+    share = get_rank(), get_world_size()
     place = dict(start_step=t.step, device=t.device, workers=t.workers, share=share)
     if t.prepared is not None:
         t.prepared = resident(t.prepared, t.device)
@@ -143,8 +142,10 @@ def day_batches(trainer:Trainer): # endless iterator
     return training_batches(t.array, t.indices, *cut, **place)
 
 # %% ../nbs/32_trainer.ipynb #7739e827
-def day_engine(trainer:Trainer)->Engine:
+def day_engine(trainer:Trainer): # ignite's Engine
     "Make an engine of training steps."
+    from ignite.engine import Engine # takes a second and a half to import, and only a training needs it
+
     def step(engine, batch):
         try:
             return train_step(trainer, batch)
@@ -181,7 +182,7 @@ def sync_clock(
 ):
     "Give every process the main process's clock and the signals that reached any process."
     trainer.seconds = seconds
-    if idist.get_world_size() == 1:
+    if get_world_size() == 1:
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
     row = [seconds if is_main_process() else 0., *(number in signals for number in numbers)]
@@ -198,6 +199,8 @@ def train_until(
     day:int, # to its end
 ):
     "Train to the end of a day, with regular checks and checkpoints; after a signal, save and stop."
+    from ignite.engine import Events
+
     t, end = trainer, day/trainer.days
     engine, batches, clock = day_engine(t), day_batches(t), Clock(t.seconds)
 
@@ -221,7 +224,7 @@ def train_until(
         try:
             engine.run(wrap_read_errors(batches), max_epochs=1, epoch_length=2**31)
         except ReadingFailed:
-            if idist.get_world_size() == 1: # else the others are in the middle of a step
+            if get_world_size() == 1: # else the others are in the middle of a step
                 check_losses(t)
                 try_to_save(t)
             raise
@@ -263,8 +266,10 @@ def make_tensorboard_logger(trainer:Trainer): # ignite's TensorboardLogger
         raise TrainingStopped('tensorboard=True needs the package tensorboard, which is not installed; '
                               'run pip install tensorboard, or leave the parameter out') from error
 
-def attach_tensorboard(trainer:Trainer, engine:Engine, clock:Clock):
-    "Write losses, rates and samples for TensorBoard."
+def attach_tensorboard(trainer:Trainer, engine, clock:Clock):
+    "Write losses, rates and samples for TensorBoard while ignite's engine trains."
+    from ignite.engine import Events
+
     t, board = trainer, make_tensorboard_logger(trainer)
 
     def losses_and_rates(losses):

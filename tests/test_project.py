@@ -121,10 +121,12 @@ def test_documentation_tools_run_through(copy, tmp_path_factory):
 
 def test_package_needs_neither_nbdev_nor_papermill():
     """Models, loop and metrics run where only torch, ignite and the scientific stack are installed."""
-    modules = ", ".join(f"faic.{m}" for m in MODULES)
+    modules = ", ".join(f"faic.{m}" for m in MODULES if m != "ignite_metrics")
     blocked = "nbdev fastcore execnb papermill nbformat nbclient jupyterlab IPython ipykernel".split()
     blocked += ["torchvision", "submitit", "psutil", "gradio", "ipywidgets"]
     code = f"import sys\nfor m in {blocked}: sys.modules[m] = None\nimport {modules}"
+    code += "\nassert 'ignite' not in sys.modules, 'it takes a second and a half to import, and only a training needs it'"
+    code += "\nimport faic.ignite_metrics"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
