@@ -35,7 +35,7 @@ from faic.vqgan import VQGAN, VQModel
 
 SIDE, PHOTOGRAPHS = 32, 10  # batches of 3, and at the end of an epoch one of 1: then the second process has no image
 ADAM = dict(optimizer="adam", lr=1e-3, beta1=0.5, beta2=0.999, schedule="constant")
-PLATEAU = dict(factor=0.5, patience=2, threshold=1e-4, cooldown=1, min_lr=1e-6)
+PLATEAU = dict(factor=0.5, patience=1, threshold=1e-4, cooldown=1, min_lr=1e-6)
 
 
 def make_pix2pix():
@@ -174,7 +174,7 @@ def train(name, dtype, steps, folder):
     return dict(losses=seen, weights=squares)
 
 
-def train_all(dtype=torch.float64, steps=20):
+def train_all(dtype=torch.float64, steps=12):
     """Name -> results of each trainee."""
     with tempfile.TemporaryDirectory() as folder:
         for name in TRAINEES:
@@ -200,7 +200,7 @@ def score(folder):
     return dict(rows=scores, samples=samples.tolist())
 
 
-def find_all(folder, dtype=torch.float64, steps=20):
+def find_all(folder, dtype=torch.float64, steps=12):
     """Results of all trainees, and the evaluation's; every process needs the same folder."""
     return train_all(dtype, steps) | dict(evaluation=score(folder))
 
@@ -209,7 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("dtype", nargs="?", default="float64", choices=("float32", "float64"))
-    parser.add_argument("steps", nargs="?", default=20, type=int)
+    parser.add_argument("steps", nargs="?", default=12, type=int)
     options = parser.parse_args()
     init_distributed(torch.device("cpu"))
     torch.set_num_threads(1)
