@@ -190,7 +190,7 @@ def get_world_size()->int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def get_rank()->int:
-    "Return the number of this process among them; the main process is 0."
+    "Return this process's number among those that share the run; the main process is 0."
     return dist.get_rank() if get_world_size() > 1 else 0
 
 def is_main_process()->bool:
