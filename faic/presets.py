@@ -141,11 +141,11 @@ PRESETS = {
                                    batch_size=2, lr=1e-3))),
     'laptop': Preset(
         budget='0.1 hours',
-        components={'coltran_color': ('0.05 hours', '0.05 hours')} | _each_vqgan('0.1 hours', '0.15 hours'),
+        components={'coltran_color': ('0.1 hours', '0.2 hours')} | _each_vqgan('0.15 hours', '0.25 hours'),
         sampling={'bbdm': dict(sample_steps=10)} | _palette_sampling(10),
         latents={'bbdm': 'none'},
         further=(dict(model='bbdm', latent='f4'),),
-        scored=500,
+        scored=1000,
         precision='bfloat16',
         changes={'pix2pix': dict(side=64, load_side=72, width=32)}
                 | _small_classifier(32, 8, 3e-4)

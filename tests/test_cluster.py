@@ -539,9 +539,9 @@ def test_a_trial_turns_hours_into_steps(runs):
         run.log(step=200, fraction=1, seconds=200 * seconds)
     found = budgets_in_steps("laptop", 0.5)
     assert found["pix2pix"] == "7200 steps" and found["bbdm"] is None
-    assert found["coltran_color"] == ("360 steps", "360 steps"), "three minutes in each phase"
+    assert found["coltran_color"] == ("720 steps", "1440 steps"), "six minutes, and twelve more"
     elsewhere = read_json(run.path / "options.json")
     elsewhere["made"]["device"] = "another machine"
     write_json(run.path / "options.json", elsewhere)
     assert budgets_in_steps("laptop", 0.5)["coltran_color"] == (None, None)
-    assert budgets_in_steps("laptop", 0.5, read_runs(model="coltran_color"))["coltran_color"][0] == "360 steps"
+    assert budgets_in_steps("laptop", 0.5, read_runs(model="coltran_color"))["coltran_color"][0] == "720 steps"
