@@ -93,6 +93,8 @@ def test_text_stays_text_and_code_stays_code(prepare):
     assert prepare.escape("2**levels, <folder>, $L$, see `a_b`") == r"2\*\*levels, \<folder\>, \$L\$, see `a_b`"
     node = ast.parse("def f(self, a, *, b: int = 1, **c) -> list: pass").body[0]
     assert prepare.signature(node) == "(a, *, b: int=1, **c) -> list"
+    statements = ast.parse("from x import y\n_all_ = ['y']\nz = 1").body
+    assert [prepare.is_import(node) for node in statements] == [True, True, False]
 
 
 def test_a_diagram_becomes_a_list(prepare):

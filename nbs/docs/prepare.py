@@ -180,6 +180,11 @@ def copy_figures(folder):
         (cards / card.name).write_text(f"---\norphan: true\n---\n\n{text}", encoding="utf-8")
 
 
+def is_import(node):
+    """Whether a statement only takes names from other chapters, or passes them on (nbdev's `_all_`)."""
+    return isinstance(node, (ast.Import, ast.ImportFrom)) or ast.unparse(node).startswith("_all_ = ")
+
+
 def code_cells(cell, module, entries):
     """The cells that a code cell becomes."""
     found = extract_directives(cell)
@@ -192,7 +197,7 @@ def code_cells(cell, module, entries):
         if "hide_input" in found:
             cell.metadata.tags = ["remove-input"]
         return [cell]
-    if module is None or all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body):
+    if module is None or all(is_import(node) for node in body):
         return []
     entries_here = api_of(cell.source, module)
     entries.setdefault(module.__name__, []).extend((name, summary) for name, summary, _ in entries_here)
