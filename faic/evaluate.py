@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .batches import ordered_batches
 from .color import lab_to_rgb, to_uint8, transfer_lightness, unscale_lab
-from .core import ProgressBar, file_lock, get_rank, get_world_size, make_generator, runs_dir, write_bytes
+from .core import ProgressBar, file_lock, get_rank, get_world_size, make_generator, runs_dir, short_hash, write_bytes
 from .distributed import all_gather_object, one_rank_first
 from .intervals import summarize
 from .judges import SAMPLED_PHOTOS, SAMPLES_EACH, compare_samples, judge_scores, sample_columns
@@ -47,8 +47,9 @@ def features_of(
     device,
 )->tuple: # (features (n,D), probabilities (n,K)), on the CPU
     "Compute the features of a split's real photographs, or read them from the file of an earlier call."
-    network = feature_net.network_name.replace(', ', '-')
-    name = f'{photos.fingerprint[:16]}-{split}-{len(photos.splits[split])}-{network}.npz'
+    rows, network = photos.splits[split], feature_net.network_name.replace(', ', '-')
+    which = short_hash(np.asarray(rows).tolist(), 8) # other rows of the same number have other features
+    name = f'{photos.fingerprint[:16]}-{split}-{len(rows)}-{which}-{network}.npz'
     file = runs_dir()/'data-features'/name
     with one_rank_first(), file_lock(file.with_suffix('.lock')):
         found = _cached_features(file)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from faic.components import prepare_latents
 from faic.core import Budget, runs_dir
 from faic.dataset import load_photos, resized_for_crops, verify
 from faic.days import study_run
-from faic.evaluate import evaluate, gray_baseline
+from faic.evaluate import evaluate, features_of, gray_baseline
 from faic.runs import open_run, read_runs
 from faic.study import data_name, results_folder
 
@@ -506,3 +507,11 @@ def test_the_real_photographs_are_looked_at_once_and_again_where_that_was_damage
     assert counts == [6, 2, 4, 4], "two colorized, two real of the test and two of the validation part"
     same = lambda row: {k: v for k, v in row.items() if k != "evaluation_seconds"}
     assert all(str(same(r)) == str(same(rows[0])) for r in rows)
+
+
+def test_other_photographs_of_the_same_number_have_features_of_their_own(folder):
+    """As with and without the gray ones: 1000 of each are scored."""
+    photos = load_photos(folder, SIDE)
+    others = replace(photos, splits=photos.splits | dict(test=np.flip(photos.splits["test"]).copy()))
+    features, turned = (features_of(p, "test", Judge(), torch.device("cpu"))[0] for p in (photos, others))
+    assert torch.equal(turned, features.flip(0)) and not torch.equal(turned, features)
