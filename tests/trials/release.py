@@ -69,14 +69,22 @@ import torch
 from release_card import card_text, make_card, picture, read_cards
 from throughput import option_value
 
-from faic.components import component_weights, data_notes, data_options, load_component, make_trainer, study_photos
+from faic.components import component_weights, data_notes, data_options, load_component, make_trainer
 from faic.core import Budget, pick_device, runs_dir, set_deterministic, write_bytes, write_json
 from faic.dataset import load_photos
 from faic.days import eval_batch_size
 from faic.evaluate import evaluate, sample_rows
 from faic.judges import efficientnet_lite2
 from faic.metrics import column_name, efficientnet_lite0
-from faic.presets import PRESETS, components_of, default_sampling, make_colorizer, make_trainee, model_options
+from faic.presets import (
+    PRESETS,
+    components_of,
+    default_sampling,
+    make_colorizer,
+    make_trainee,
+    model_options,
+    preset_side,
+)
 from faic.released import open_weights, pack_release, released_models, weights_dir
 from faic.resume import load_weights, work_done
 from faic.runs import evaluated, is_locked, keep_samples, open_run, read_runs
@@ -137,8 +145,8 @@ def training_options(model, preset, changes):
 
 
 def release_photos(folder, preset, scored):
-    """The study's photographs; `scored` of those that it scores, or all of these."""
-    photos = study_photos(folder, preset)
+    """The study's photographs and split; of a scored split at most `scored`, whatever number the preset scores."""
+    photos = load_photos(folder, preset_side(preset), preset == "paper")
     fewer = {s: photos.splits[s][sample_rows(len(photos.splits[s]), scored)] for s in ("validation", "test")}
     return replace(photos, splits=photos.splits | fewer)
 
