@@ -510,7 +510,7 @@ def test_the_real_photographs_are_looked_at_once_and_again_where_that_was_damage
 
 
 def test_other_photographs_of_the_same_number_have_features_of_their_own(folder):
-    """As with and without the gray ones: 1000 of each are scored."""
+    """A script may choose 500 of a split in more than one way."""
     photos = load_photos(folder, SIDE)
     others = replace(photos, splits=photos.splits | dict(test=np.flip(photos.splits["test"]).copy()))
     features, turned = (features_of(p, "test", Judge(), torch.device("cpu"))[0] for p in (photos, others))
