@@ -52,8 +52,9 @@ then had KID 0.0313; with an upsampler that had 3281 steps and decay 0.99, the s
 
 bbdm, 2.96 million, the preset's network. In pixels, as a first stage would cost megabytes. It predicts the difference
 of gray and color (`ysubx`): after six core-minutes that gave FID 62, the published objective 75 (chapter 41). A
-narrower and deeper network, 2.04 million, was trained first; it needed 38,400 photographs for the KID that this one
-has, with the published objective, after 8000. BBDM generates the lightness, too, which `faic colorize` replaces.
+narrower and deeper network, 2.04 million, was trained first; it needed 38,400 photographs for about the KID that
+this one has, with the published objective, after 8000. BBDM generates the lightness, too, which `faic colorize`
+replaces.
 
 All models evaluate the running average of their weights (decay 0.999): a checkpoint then depends little on the last
 steps. The conditional GAN and the published Palette are left out: Pix2Pix and the modern Palette take their places.
@@ -123,10 +124,10 @@ RECIPES = {
     "coltran": Recipe(
         dict(dim=48, ff=48, batch_size=4, lr=2e-3),
         components=dict(coltran_color=dict(dim=48, ff=48, batch_size=4, lr=2e-3, ema=dict(AVERAGE, decay=0.99))),
-        slices=16,
+        slices=8,
         steps=2500,
     ),
-    "bbdm": Recipe(dict(objective="ysubx"), slices=12, steps=1500),
+    "bbdm": Recipe(dict(objective="ysubx"), slices=8, steps=1500),
 }
 
 
