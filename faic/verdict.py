@@ -210,6 +210,10 @@ def answers_of(tables:dict)->Answers: # file name -> frame
     return Answers(by_entry['table_phase2'], by_entry['table_training'], tables['table4'])
 
 # %% ../nbs/55_verdict.ipynb #55b10003
+def _and(words): # 'A, B and C'
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
 def _short(row, column, spec): # '72.7 ± 3.2'
     return format_value(row, column, spec).split(' (')[0]
 
@@ -217,10 +221,9 @@ def _claim(answers): # which model has the lowest FID
     fid, models = column_name('FID', answers.network_name), answers.models
     first, *others = answers.scores.loc[models, fid].sort_values().index
     shown = {name: _short(answers.scores.loc[name], fid, '.1f') for name in models}
-    against = ' and '.join(f'{shown[name]} ({name})' for name in others)
     days = answers.scores.loc[first, 'day']
-    return (f"{first} has the lowest FID after {_word(days)} day{'s' if days > 1 else ''}: {shown[first]}"
-            f"{f', against {against}' if others else ''}.")
+    claim = f"{first} has the lowest FID after {_word(days)} day{'s' if days > 1 else ''}: {shown[first]}"
+    return claim + (f", against {_and(f'{shown[name]} ({name})' for name in others)}." if others else '.')
 
 def _decision(answers): # whether the intervals decide
     fid, rows = column_name('FID', answers.network_name), answers.scores.loc[answers.models]
@@ -268,9 +271,9 @@ def _caveat(answers): # how little training the numbers rest on
     length, days = _day_length(answers), _word(answers.scores.loc[answers.models, 'day'].max())
     sentences = [f'The main caveat: a day here is {length}{_where(answers)}.'] if length else []
     if shares:
-        seen = ', '.join(f'{name} saw {share:.0%}' for name, share in shares.items())
-        once = ', each once' if max(shares.values()) <= 1 else ''
-        sentences.append(f'In {days} days {seen} of the training photographs{once}.')
+        seen = _and(f'{name} {share:.0%}' for name, share in shares.items())
+        once = ', none of them twice' if max(shares.values()) <= 1 else ''
+        sentences.append(f'In {days} days the models saw these shares of the training photographs{once}: {seen}.')
     return ' '.join(sentences)
 
 # %% ../nbs/55_verdict.ipynb #55b10005
