@@ -100,7 +100,10 @@ class Generator(nn.Module):
         noise = [F.relu(normalize(norm, n, statistics)) for norm, n in zip(self.noise_norm, noise)]
         h = noise[0]
         for k, conv in enumerate(self.conv):
-            h = conv(torch.cat([Y, h, *noise[max(1, k):k + 1]], 1))
+            inputs = [Y, h]
+            if 0 < k < self.noise_layers:
+                inputs.append(noise[k])
+            h = conv(torch.cat(inputs, 1))
             if k < len(self.norm):
                 h = F.relu(normalize(self.norm[k], h, statistics))
         return torch.tanh(h)
@@ -335,11 +338,16 @@ def official_names(net:nn.Module)->dict: # our tensor name -> variable of the re
 # %% ../nbs/26_cgan.ipynb #8ba2cd23
 def _to_torch(array): # TensorFlow's (k,k,in,out) and (in,out) -> PyTorch's
     tensor = torch.as_tensor(array)
-    return tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor.T if tensor.dim() == 2 else tensor
+    if tensor.dim() == 4:
+        return tensor.permute(3, 2, 0, 1)
+    return tensor.T if tensor.dim() == 2 else tensor
 
 def _to_tensorflow(tensor):
     tensor = tensor.detach().cpu()
-    tensor = tensor.permute(2, 3, 1, 0) if tensor.dim() == 4 else tensor.T if tensor.dim() == 2 else tensor
+    if tensor.dim() == 4:
+        tensor = tensor.permute(2, 3, 1, 0)
+    elif tensor.dim() == 2:
+        tensor = tensor.T
     return tensor.contiguous().numpy()
 
 def load_variables(

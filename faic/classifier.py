@@ -10,6 +10,7 @@ __all__ = ['CLASS_STEP', 'CLASS_RANGES', 'PRIOR_PHOTOGRAPHS', 'MULTIPLE', 'RELEA
            'classifier_colorizer', 'load_eccv16', 'save_eccv16', 'make_classifier']
 
 # %% ../nbs/27_classifier.ipynb #c1a50001
+import math
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,10 @@ def count_classes(
         rows = rows[np.arange(limit)*len(rows)//limit]
     centers = color_classes()
     counts = np.zeros(len(centers), np.int64)
-    for some in np.array_split(rows, -(-len(rows)//16)):
+    for some in np.array_split(rows, math.ceil(len(rows)/16)):
         pixels = torch.tensor(np.stack([array[i, ::4, ::4] for i in some])).permute(0, 3, 1, 2)
         ab = rgb_to_lab(pixels)[:, 1:].transpose(0, 1).flatten(1)
+        # |ab - c|^2 is smallest where c ab - |c|^2/2 is largest
         nearest = (centers @ ab - centers.square().sum(1, keepdim=True)/2).argmax(0)
         counts += np.bincount(nearest.numpy(), minlength=len(centers))
     return counts
@@ -96,7 +98,7 @@ def smooth_prior(
     squares = np.square(centers[:, None] - centers).sum(2)
     kernel = np.exp(-squares/(2*sigma**2))
     kernel /= kernel.sum(1, keepdims=True)
-    return counts/counts.sum() @ kernel
+    return (counts/counts.sum()) @ kernel
 
 def rebalancing_factors(
     prior:np.ndarray, # (313,) sums to 1

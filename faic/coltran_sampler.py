@@ -178,9 +178,9 @@ def _terms(block, context): # scale and shift of q, k, v and of the MLP; 1 and 0
     if block.cond is not None:
         scale, shift = (t.flatten(-2) for t in block.attention_terms(context))
     if block.modulate is not None:
-        given_scale, mlp_shift = block.mlp_terms(context)
-        if given_scale is not None:
-            mlp_scale = given_scale
+        scale_or_none, mlp_shift = block.mlp_terms(context)
+        if scale_or_none is not None:
+            mlp_scale = scale_or_none
     return scale, shift, mlp_scale, mlp_shift
 
 def prepare_row(
@@ -193,7 +193,9 @@ def prepare_row(
 ):
     "Fill the buffers for row r."
     net, p, zr, D = s.net, s.net.inner_positions, z[:, r], s.size[2]
-    known = (p.rows[r] + p.columns).expand_as(zr) + (zr + above if net.skip else 0)
+    known = (p.rows[r] + p.columns).expand_as(zr)
+    if net.skip:
+        known = known + (zr + above)
     context = torch.cat([zr, above], -1)
     s.known.copy_(known.transpose(0, 1))
     for l, block in enumerate(net.inner):
@@ -360,7 +362,7 @@ def coltran_stages(
         coarse = []
         for i in range(0, len(gray), options.batch):
             some = slice(i, i + options.batch)
-            symbols = sample(small_gray(gray[some]), generators and generators[some])
+            symbols = sample(small_gray(gray[some]), None if generators is None else generators[some])
             coarse.append(bins_to_rgb(symbols).byte())
         return torch.cat(coarse)
 

@@ -116,7 +116,9 @@ class PaletteLoss(ColorSpace):
             self.terms = dict(x0_error=(self.estimate(answer, x, level) - x0).abs().mean())
         error = answer - target if mask is None else mask*answer - mask*target
         each = (error.abs() if self.loss == 'l1' else error.square()).mean((1, 2, 3))
-        return (each*min_snr_weight(self.objective, gamma, self.min_snr) if self.min_snr else each).mean()
+        if self.min_snr:
+            each = each*min_snr_weight(self.objective, gamma, self.min_snr)
+        return each.mean()
 
     def estimate(self, answer:Tensor, x:Tensor, level)->Tensor: # (B,C,H,W)
         "Estimate the clean image from the network's output, clipped."
@@ -258,9 +260,11 @@ def _infer_config(state): # keyword arguments of Palette; KeyError where the fil
     def numbers(half): return {int(name.split('.')[2]) for name in state if name.startswith(f'denoise_fn.{half}.')}
     def has(name): return f'denoise_fn.{name}' in state
     decoder = len(numbers('output_blocks'))
-    doubling = [n for n in range(decoder) if any(has(f'output_blocks.{n}.{k}.in_layers.2.weight') for k in (1, 2))]
-    blocks = decoder//(len(doubling) + 1) - 1
-    first = [1 + level*(blocks + 1) for level in range(len(doubling) + 1)]
+    def doubles(n): # a resize follows this block, or its attention
+        return any(has(f'output_blocks.{n}.{k}.in_layers.2.weight') for k in (1, 2))
+    levels = 1 + sum(doubles(n) for n in range(decoder))
+    blocks = decoder//levels - 1
+    first = [1 + level*(blocks + 1) for level in range(levels)] # input block of each level
     channels = shape('cond_embed.0.weight')[1]
     return dict(channels=channels, num_res_blocks=blocks,
                 channel_mult=tuple(shape(f'input_blocks.{n}.0.in_layers.2.weight')[0]//channels for n in first),

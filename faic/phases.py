@@ -118,10 +118,10 @@ def run_phase1(
     **own, # parameters of the architecture: batch_norm, temperature, sample_steps, ...
 )->Phase:
     "Train and score the variants of a model and choose the winner; ParameterError where an argument is wrong."
-    given = locals()
-    given |= given.pop('own')
-    p = notebook_parameters(given, *given)
-    launch_processes(p.processes, 'phase1', given) # several processes train it all; what follows finds it done
+    arguments = locals()
+    arguments |= arguments.pop('own')
+    p = notebook_parameters(arguments, *arguments)
+    launch_processes(p.processes, 'phase1', arguments) # several processes train it all; what follows finds it done
     place = open_workplace(p)
     run_baselines('phase1', preset, place.photos, place.feature_net, place.device)
     runs = train_variants(p, place)
@@ -163,7 +163,10 @@ def compare_variants(
     "Tabulate the scores of each seed's variants, and of those trained before under the same conditions."
     if not runs:
         return pd.DataFrame()
-    compared = [rival for run in {r.options['seed']: r for r in runs}.values() for rival in competing_runs(run)]
+    last_of_seed = {run.options['seed']: run for run in runs}
+    compared = []
+    for run in last_of_seed.values():
+        compared += competing_runs(run)
     rows = [primary_rows(r).tail(1).assign(variant=_variant_name(r, seeds)) for r in compared]
     scores = pd.concat(rows).set_index('variant')
     columns = [c for c in score_columns(scores, network_name) if not c.startswith('IS ')]
@@ -174,7 +177,7 @@ def winner_message(runs:list, winner:Winner)->str:
     if not runs:
         return 'no variant was asked for: the baselines are scored, the components are trained'
     if not winner:
-        return 'one variant alone wins nothing; phase 2 takes the winner of the paper until another has run'
+        return 'a single variant cannot win; phase 2 trains the winner of the paper until another is scored'
     return f"winner: {winner.variant}, {winner.metric} {winner.value:.2f} ({describe_lead(winner)})"
 
 # %% ../nbs/49_phases.ipynb #e64d9282
@@ -198,10 +201,10 @@ def run_phase2(
     **own, # parameters of the architecture: batch_norm, temperature, sample_steps, ...
 )->Phase:
     "Train the winner of phase 1 for five days and score each day; ParameterError where an argument is wrong."
-    given = locals()
-    given |= given.pop('own')
-    p = notebook_parameters(given, *given)
-    launch_processes(p.processes, 'phase2', given) # several processes train it all; what follows finds it done
+    arguments = locals()
+    arguments |= arguments.pop('own')
+    p = notebook_parameters(arguments, *arguments)
+    launch_processes(p.processes, 'phase2', arguments) # several processes train it all; what follows finds it done
     place = open_workplace(p)
     place = replace(place, judges=find_judges(place.device))
     phase1_budget = str(day_budget(preset, budget, model, 'phase1'))

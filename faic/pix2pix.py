@@ -126,10 +126,12 @@ class PatchDiscriminator(nn.Module):
         layers:int=3, # of stride 2; 3: patches of 70x70, 1: of 16x16
     ):
         super().__init__()
-        w, last = [in_channels, *(width * min(2**k, 8) for k in range(layers + 1)), 1], layers + 1
-        self.conv = nn.ModuleList(nn.Conv2d(w[k], w[k + 1], 4, stride=2 if k < layers else 1, padding=1,
-                                            bias=k in (0, last)) for k in range(layers + 2))
-        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in w[2:-1])
+        widths = [in_channels, *(width*min(2**k, 8) for k in range(layers + 1)), 1]
+        self.conv = nn.ModuleList()
+        for k in range(layers + 2):
+            stride, bias = 2 if k < layers else 1, k in (0, layers + 1) # the first and the last layer have no norm
+            self.conv.append(nn.Conv2d(widths[k], widths[k + 1], 4, stride, padding=1, bias=bias))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[2:-1])
 
     def forward(self,
         pair:Tensor, # (B,in_channels,H,W): L first, then ab
@@ -418,13 +420,13 @@ def make_pix2pix(
     components:dict={}, # in latents the first stage, and the decoder that sees the gray photograph
 )->Pix2Pix:
     "Build a Pix2Pix from the options of a run."
-    o = options
-    if 'factor' in o:
-        return LatentPix2Pix(o['side']//o['factor'], o['latent_channels'], o['factor'], o['width'], o['lambda_l1'],
-                             o['gan_mode'], o['dropout'], o['normalize'], first_stage_of(components),
-                             decoder_of(components), seed, o.get('l1_first', 0.))
-    return Pix2Pix(o['side'], o['width'], o['lambda_l1'], o['gan_mode'], o['dropout'], seed,
-                   o.get('l1_first', 0.))
+    own = {name: options[name] for name in ('width', 'lambda_l1', 'gan_mode', 'dropout')}
+    own |= dict(l1_first=options.get('l1_first', 0.), seed=seed)
+    if 'factor' not in options:
+        return Pix2Pix(options['side'], **own)
+    factor = options['factor']
+    return LatentPix2Pix(options['side']//factor, options['latent_channels'], factor, normalize=options['normalize'],
+                         first_stage=first_stage_of(components), decoder=decoder_of(components), **own)
 
 def _colorizer(trainee, sampling, components):
     batch_norm, precision = sampling['batch_norm'], sampling.get('precision', 'float32')

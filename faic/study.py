@@ -49,7 +49,8 @@ def study_folder(preset:str, data:str, seed:int)->Path: # made if it is not ther
 def notebook_path(name:str)->Path: # e.g. of 'phase1'; ValueError where it is missing
     "Return a notebook of the clone, or the one that was installed with the package."
     clone = clone_root()
-    file = (clone/'nbs' if clone else Path(__file__).parent/'notebooks')/f'{name}.ipynb'
+    folder = clone/'nbs' if clone else Path(__file__).parent/'notebooks'
+    file = folder/f'{name}.ipynb'
     if not file.exists():
         raise ValueError(f'{file} is missing: install FAIC again, or clone its repository')
     return file
@@ -221,8 +222,11 @@ def side_by_side_default(
 )->int:
     "Decide how many notebooks run side by side: one per free core where budgets count steps, otherwise one."
     p = PRESETS[preset]
-    budgets = [budget or p.budget, *(b for both in p.components.values() for b in both)]
-    return 1 if device != 'cpu' or any('hour' in b for b in budgets) else free_cores()
+    budgets = [budget or p.budget]
+    for both_phases in p.components.values():
+        budgets += both_phases
+    in_hours = any('hour' in b for b in budgets)
+    return 1 if device != 'cpu' or in_hours else free_cores()
 
 # %% ../nbs/60_study.ipynb #51de0003
 @dataclass(frozen=True)

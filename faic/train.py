@@ -397,10 +397,10 @@ def train_step(
             optimizer.zero_grad(set_to_none=True)
     losses, terms = {}, {}
     backwards = [backward_losses(state, micro_batch) for micro_batch in micro_batches]
-    for results in zip(*backwards, strict=True):
-        (network, *_), micro_losses, micro_terms = zip(*results)
-        losses[network] = sum(micro_losses)
-        terms |= {name: sum(found[name] for found in micro_terms) for name in micro_terms[0]}
+    for results in zip(*backwards, strict=True): # one (network, loss, terms) from each micro-batch
+        network, _, first_terms = results[0]
+        losses[network] = sum(loss for _, loss, _ in results)
+        terms |= {name: sum(found[name] for _, _, found in results) for name in first_terms}
         if before == every - 1:
             update(state, network, losses[network], factor)
     ema = state.options.get('ema')

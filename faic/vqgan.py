@@ -77,10 +77,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x:Tensor)->Tensor:
-        w = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
-        w = w[:, :, 1:] + w[:, :, :-1]
-        w = (w[..., 1:] + w[..., :-1]).transpose(0, 1) # (in,out,4,4)
-        return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)
+        kernel = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1)) # (out,in,5,5)
+        kernel = kernel[:, :, 1:] + kernel[:, :, :-1] # the two rows that a pixel becomes
+        kernel = kernel[..., 1:] + kernel[..., :-1] # and the two columns: (out,in,4,4)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 # %% ../nbs/23_vqgan.ipynb #9b25654c
 class Level(nn.Module):
