@@ -101,7 +101,7 @@ class Colorizer(nn.Module):
         dim:int=512, # D, channels
         heads:int=4, # of attention
         ff:int=512, # hidden units of the feed-forward layers
-        encoder_layers:int=1, # the study has 1, 1, 1; the official configuration 4, 2, 2
+        encoder_layers:int=1, # Nkole and Klein have 1, 1, 1; the official configuration 4, 2, 2
         outer_layers:int=1,
         inner_layers:int=1,
         encoder_heads:int=None, # None: as the decoders
@@ -191,7 +191,7 @@ class Upsampler(nn.Module):
         dim:int=512, # D, channels
         heads:int=4, # of attention
         ff:int=512, # hidden units of the feed-forward layers
-        layers:int=1, # the study has 1; the official configurations 4 (color) and 3 (spatial)
+        layers:int=1, # Nkole and Klein have 1; the official configurations 4 (color) and 3 (spatial)
     ):
         super().__init__()
         if kind not in ('color', 'spatial'):
