@@ -32,7 +32,7 @@ SCHEDULES = {'linear': linear_schedule, 'sin': exponential_schedule} # under the
 
 # %% ../nbs/14_bridge.ipynb #4dc538f7
 class Bridge(nn.Module):
-    "The Brownian bridge between an image x0 and its gray twin y, as tables over t = 0 ... T-1 (eq. 3 to 7)."
+    "The Brownian bridge between a photograph x0 and its gray version y, as tables over t = 0 ... T-1 (eq. 3 to 7)."
     def __init__(self,
         timesteps:int=1000, # T
         schedule:str='linear', # one of SCHEDULES

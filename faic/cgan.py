@@ -186,7 +186,7 @@ def interpolated_slopes(
     kind:str, # 'official' or 'image'
     counted:bool=True, # False: these images belong to no batch, see `Placement`
 )->Tensor: # (B,) for 'image', (B,3,W) for 'official'
-    "Norms of the critic's gradient between photographs and fakes: over an image, or over each column by mistake."
+    "Compute the norms of the critic's gradient between photographs and fakes: over an image, or over each column by mistake."
     x = (real + alpha*(fake - real)).detach().requires_grad_()
     total = upcast_float32(critic(x.view_as(x))).sum()*float(counted) # a FLOP counter cannot hook a leaf
     gradient, = torch.autograd.grad(total, x, create_graph=True)
@@ -235,7 +235,7 @@ class CGANTrainee(WassersteinLosses):
         return self.critic_steps + 1
 
     def networks(self)->dict:
-        "The networks, one optimizer each."
+        "Return the networks; each gets its own optimizer."
         return {'critic': self.critic, 'G': self.G}
 
     def losses(self,
@@ -254,7 +254,7 @@ class CGANTrainee(WassersteinLosses):
 
 # %% ../nbs/26_cgan.ipynb #017c582c
 def generator_widths(width:int)->tuple:
-    "Channels of the hidden convolutions, (128, 64, 64, 64, 32) for the published width 128."
+    "Return the channels of the hidden convolutions, (128, 64, 64, 64, 32) for the published width 128."
     return width, width//2, width//2, width//2, width//4
 
 # %% ../nbs/26_cgan.ipynb #8482415c
@@ -316,7 +316,7 @@ def _layer_names(kind, ours, theirs): # kind: 'conv', 'linear' or 'norm'
     return {f'{ours}.weight': f'{theirs}/{weight}', f'{ours}.bias': f'{theirs}/{bias}'}
 
 def official_names(net:nn.Module)->dict: # our tensor name -> variable of the released code
-    "Variables of a generator or discriminator; ValueError for noise at several layers, which the code lacks."
+    "List the variables of a generator or discriminator; ValueError for noise at several layers, which the code lacks."
     if isinstance(net, Critic):
         names = _layer_names('linear', 'hidden', 'discriminator/d_h4_lin')
         names |= _layer_names('linear', 'out', 'discriminator/d_h5_lin')
@@ -401,7 +401,7 @@ def make_cgan(
     seed:int=0, # of the initial weights
     components:dict={}, # networks trained before it; this one needs none
 )->CGAN:
-    "A conditional GAN from the options of a run."
+    "Build a conditional GAN from the options of a run."
     o = options
     if o.get('accumulate', 1) > 1:
         raise ValueError(f"accumulate is {o['accumulate']}; expected 1, because the networks take turns batch by batch")

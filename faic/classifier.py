@@ -33,7 +33,7 @@ CLASS_RANGES = { # a of the center -> first and last b
     50: (-100, 80), 60: (-110, 80), 70: (-110, 80), 80: (-110, 70), 90: (-110, 70), 100: (-90, 0)}
 
 def color_classes()->Tensor: # (313,2) float32: a and b of each center
-    "The centers of the color classes, in the official order: by a, then by b."
+    "Return the centers of the color classes, in the official order: by a, then by b."
     rows = []
     for a, (first, last) in CLASS_RANGES.items():
         rows += [(a, b) for b in range(first, last + 1, CLASS_STEP)]
@@ -233,7 +233,7 @@ def annealed_mean(
     logits:Tensor, # (B,313,h,w)
     temperature:float=.38, # 1: the mean of the distribution; 0: its most likely class
 )->Tensor: # (B,2,h,w) a and b in Lab's units
-    "The mean color of the sharpened distribution."
+    "Compute the mean color of the sharpened distribution."
     centers = color_classes().to(logits)
     if temperature == 0:
         return centers[logits.argmax(1)].permute(0, 3, 1, 2)
@@ -267,7 +267,7 @@ class ClassifierTrainee:
     terms:dict # of the last loss, for logs
 
     def networks(self)->dict:
-        "The network, with its optimizer; the last layer holds the centers and is not trained."
+        "Return the network; its last layer holds the centers and is not trained."
         return {'net': self.net}
 
     def use_photographs(self,
@@ -292,7 +292,7 @@ class ClassifierTrainee:
     def targets(self,
         ab:Tensor, # (B,2,h,w) Lab units, at a quarter of the side
     )->tuple: # (B,313,h,w) and (B,h,w)
-        "The target and the weight of each pixel."
+        "Compute the target and the weight of each pixel."
         target, nearest = soft_encode(ab, self.neighbors, self.sigma)
         self.factors = self.factors.to(ab.device) # once
         return target, self.factors[nearest].to(ab.dtype)*gray_mask(ab)
@@ -369,7 +369,7 @@ def make_classifier(
     seed:int=0, # of the initial weights
     components:dict={}, # networks trained before it; it needs none
 )->Classifier:
-    "A classifier from the options of a run."
+    "Build a classifier from the options of a run."
     names = 'width', 'neighbors', 'sigma', 'alpha', 'gamma', 'train_crop'
     return Classifier(**{name: options[name] for name in names}, seed=seed)
 

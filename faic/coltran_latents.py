@@ -54,7 +54,7 @@ def latent_stages(
     model:LatentColTran, # trained; its weights must not change afterwards
     options:SamplerOptions=SamplerOptions(),
 )->dict: # stage -> function (gray (B,1,H,W) in [0,1], result of the stage before, generators)
-    "The steps of ColTran in latents: codes of the gray photograph, codes of the colored one, rgb (B,3,H,W) in [0,1]."
+    "Make the stages of ColTran in latents: codes of the gray photograph, codes of the colored one, rgb (B,3,H,W) in [0,1]."
     sample, space = BatchSampler(model.net, options), model.space
 
     def half(gray):
@@ -99,7 +99,7 @@ def make_coltran(
     seed:int=0, # of the initial weights
     components:dict={}, # in latents the first stage, and the decoder that sees gray; on pixels it trains without
 )->ColTran:
-    "A colorizer from the options of a run."
+    "Build a colorizer from the options of a run."
     own = _some(options, *SIZES)
     if 'factor' not in options:
         return ColTran(options['side'], **own, seed=seed, low=options.get('low'))
@@ -109,12 +109,12 @@ def make_coltran(
                          decoder=decoder_of(components), seed=seed)
 
 def make_color_upsampler(options:dict, seed:int=0, components:dict={})->ColTranColor:
-    "A color upsampler from the options of a run."
+    "Build a color upsampler from the options of a run."
     own = _some(options, 'side', 'dim', 'heads', 'ff', 'layers')
     return ColTranColor(**own, seed=seed, low=options.get('low'))
 
 def make_spatial_upsampler(options:dict, seed:int=0, components:dict={})->ColTranSpatial:
-    "A spatial upsampler from the options of a run."
+    "Build a spatial upsampler from the options of a run."
     return ColTranSpatial(**_some(options, 'side', 'dim', 'heads', 'ff', 'layers'), seed=seed)
 
 # %% ../nbs/29_coltran_latents.ipynb #3c27fe13

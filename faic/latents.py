@@ -16,7 +16,7 @@ from .layers import upcast_float32
 
 # %% ../nbs/19_latents.ipynb #6a313649
 def gray_to_rgb(gray:Tensor)->Tensor: # (B,1,H,W) in [0,1] -> (B,3,H,W) in [-1,1]
-    "Make the gray twin of a photograph, as a first stage reads it."
+    "Make the gray version of a photograph, as a first stage reads it."
     return (gray*2 - 1).expand(-1, 3, -1, -1)
 
 # %% ../nbs/19_latents.ipynb #b9cf754b
@@ -126,7 +126,7 @@ def latent_rows(
     space:LatentSpace,
     pixels:Tensor, # (B,3,H,W) uint8
     mirrored:bool=False, # encode the mirrored photographs, too
-)->Tensor: # (B,1 or 2,2C or more,h,w) float16: of the colors, of the gray twin, and what `beside` returns
+)->Tensor: # (B,1 or 2,2C or more,h,w) float16: of the colors, of the gray version, and what `beside` returns
     "Compute the latents of a batch of photographs, as they are stored."
     views = [pixels, pixels.flip(3)] if mirrored else [pixels]
     return torch.stack([_encode_pair(space, view) for view in views], 1).half()
@@ -155,7 +155,7 @@ class InLatents:
 
     def latents_of(self,
         batch:dict, # 'latents' as `latent_rows` makes them, or 'rgb' and 'gray'
-    )->tuple: # of the colors and of the gray twin, (B,C,h,w) each, not normalized
+    )->tuple: # of the colors and of the gray version, (B,C,h,w) each, not normalized
         "Return the latents of a batch: the prepared ones, or computed from its pixels."
         if 'latents' not in batch:
             return self.space.encode(batch['rgb']*2 - 1), self.space.encode(gray_to_rgb(batch['gray']))

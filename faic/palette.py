@@ -128,7 +128,7 @@ class PaletteLoss(ColorSpace):
 class PaletteTrainee(PaletteLoss):
     "A denoiser with its noise levels: what the training loop asks of Palette."
     def networks(self)->dict:
-        "The network, with its optimizer."
+        "Return the network."
         return {'net': self.net}
 
     def losses(self,
@@ -311,7 +311,7 @@ def make_palette(
     seed:int=0, # of the initial weights
     components:dict={}, # networks trained before it; Palette needs none
 )->Palette:
-    "A Palette from the options of a run."
+    "Build a Palette from the options of a run."
     names = ('side', 'channels', 'channel_mult', 'num_res_blocks', 'attention_factors', 'head_channels', 'groups',
              'dropout', 'init', 'target', 'chroma_scale', 'objective', 'loss', 'min_snr')
     return Palette(**{name: options[name] for name in names}, seed=seed)
