@@ -54,7 +54,7 @@ def latent_stages(
     model:LatentColTran, # trained; its weights must not change afterwards
     options:SamplerOptions=SamplerOptions(),
 )->dict: # stage -> function (gray (B,1,H,W) in [0,1], result of the stage before, generators)
-    "Make the stages of ColTran in latents: codes of the gray photograph, codes of the colored one, rgb (B,3,H,W) in [0,1]."
+    "Make the stages of ColTran in latents: codes of the gray photograph, codes of the colors, rgb (B,3,H,W) in [0,1]."
     sample, space = BatchSampler(model.net, options), model.space
 
     def half(gray):
