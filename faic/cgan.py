@@ -186,7 +186,7 @@ def interpolated_slopes(
     kind:str, # 'official' or 'image'
     counted:bool=True, # False: these images belong to no batch, see `Placement`
 )->Tensor: # (B,) for 'image', (B,3,W) for 'official'
-    "Compute the norms of the critic's gradient between photographs and fakes: of an image, or by mistake of each column."
+    "Compute the norms of the critic's gradient between photographs and fakes: of an image, or of each column."
     x = (real + alpha*(fake - real)).detach().requires_grad_()
     total = upcast_float32(critic(x.view_as(x))).sum()*float(counted) # a FLOP counter cannot hook a leaf
     gradient, = torch.autograd.grad(total, x, create_graph=True)
