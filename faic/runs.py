@@ -55,6 +55,7 @@ def provenance(device:torch.device)->dict:
                 command=launch_command(), device=device_name(device), driver=gpu_driver(device),
                 python=platform.python_version(), versions={p: _version(p) for p in PACKAGES})
 
+@lru_cache(maxsize=None) # files that are edited later do not change the code that a process has imported
 def code_commit()->str: # e.g. '1e3068cfce', or '1e3068cfce+changes' where tracked files differ from it
     "Return the commit of FAIC's own repository, never that of a repository around it."
     clone = clone_root()

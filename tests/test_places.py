@@ -106,7 +106,7 @@ def recorded(monkeypatch):
             patch.setattr(faic.runs, "clone_root", lambda: place)
             for name, value in environment.items():
                 patch.setenv(name, value)
-            return faic.runs.code_commit()
+            return faic.runs.code_commit.__wrapped__()  # not what this process has recorded before
 
     return commit
 
@@ -147,6 +147,12 @@ def test_a_repository_of_its_own_is_recorded_and_so_are_changes(archive, recorde
         f.write("# changed")
     assert recorded(archive) == f"{commit}+changes"
     assert recorded(archive, PATH=str(tmp_path)) == "unknown (no git)"
+
+
+def test_edits_after_the_first_run_are_not_the_code_of_this_process(monkeypatch):
+    commit = faic.runs.code_commit()
+    monkeypatch.setattr(faic.runs, "_git", lambda clone, *words: "later")
+    assert faic.runs.code_commit() == commit
 
 
 def test_a_clone_that_another_user_owns_is_recorded(archive, recorded):

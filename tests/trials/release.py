@@ -67,7 +67,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from release_card import card_text, make_card, picture, read_cards
+from release_card import card_text, component_work, make_card, picture, read_cards
 from throughput import option_value
 
 from faic.components import component_weights, data_notes, data_options, load_component, make_trainer
@@ -273,14 +273,17 @@ def photos_to_test(run, most):
     raise SystemExit(f"FAIC_RUNS has no prepared copy of {data['name']} that {run.path.name} was trained on")
 
 
+def component_runs(run):
+    """(name, run) of the networks that a run's model samples with."""
+    found = run.options.get("components", {}).items()
+    return [(n, r) for n, digits in found for r in read_runs(phase="component", model=n) if r.path.name[-6:] == digits]
+
+
 def load_chosen(model):
     """The best checkpoint of a model: (its run, its row of metrics, the trainee, component -> (network, options))."""
     chosen = checkpoints(model).iloc[0]
     (run,) = (r for r in read_runs(phase="release", model=model) if r.path.name == chosen["run"])
-    components = {}
-    for name, digits in run.options.get("components", {}).items():
-        (own,) = (r for r in read_runs(phase="component", model=name) if r.path.name.endswith(digits))
-        components[name] = load_component(component_weights(own), own, CPU), own.options["train"]
+    components = {n: (load_component(component_weights(r), r, CPU), r.options["train"]) for n, r in component_runs(run)}
     networks = {name: network for name, (network, _) in components.items()}
     trainee = make_trainee(model, run.options["train"], components=networks)
     return run, chosen, load_weights(trainee, run.path / f"day-{chosen['day']}.safetensors", CPU), components
@@ -306,6 +309,7 @@ def write(args):
         opened = open_weights(write_bytes(Path(folder) / f"{args.model}.safetensors", content))
         weakness = RECIPES[args.model].weakness
         card = make_card(opened, run, chosen, photos, networks, content, weakness, (KID, AGREEMENT))
+        card["trained before"] = [component_work(r) for _, r in component_runs(run)]
         pictures = picture(opened)
     default = best_card(read_cards(weights_dir()) | {args.model: card})
     write_bytes(targets["jpg"], pictures)

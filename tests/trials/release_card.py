@@ -13,13 +13,15 @@ from PIL import ExifTags, Image
 
 from faic.batches import ordered_batches
 from faic.color import to_uint8
+from faic.components import component_weights
 from faic.core import RESULT_SOFTWARE, make_generator
 from faic.dataset import load_photos
 from faic.days import eval_batch_size
 from faic.evaluate import evaluate, gray_baseline, retry_on_oom, sample_rows
 from faic.metrics import column_name
 from faic.photos import EMBEDDED
-from faic.presets import find_architecture
+from faic.presets import find_architecture, find_description
+from faic.resume import work_done
 
 CPU = torch.device("cpu")
 SHOWN, ACROSS, SIDE = 30, 10, 96  # pictures in the card, pictures side by side, px of each
@@ -70,6 +72,13 @@ def make_card(opened, run, chosen, photos, networks, content, weakness, chosen_c
     return card
 
 
+def component_work(run):
+    """How a network was trained that the model samples with, as JSON values."""
+    work, made = work_done(component_weights(run)), run.options["made"]
+    found = dict(title=find_description(run.options["model"]).title, steps=work["step"], commit=made["commit"])
+    return found | dict(batch_size=run.options["train"]["batch_size"], hours=round(work["training_seconds"] / 3600, 2))
+
+
 def interval(score):
     """'20.1 [19.9, 20.3]'; the number alone where there is no interval."""
     value, low, high = (f"{number:.4g}" for number in score)
@@ -89,13 +98,20 @@ def card_text(name, card):
     """The card in Markdown."""
     validation = ", ".join(f"{k} {v:.4g}" for k, v in card["validation"].items() if k not in ("n", "fingerprint"))
     weakness = card["weakness"] or "Nobody has written it down yet; see the pictures."
+    seen = card["steps"] * card["batch_size"]
+    steps = f"{card['steps']:,} steps of {card['batch_size']} photographs"
+    before = "".join(
+        f"| trained before | {c['title']}: {c['hours']} h, {c['steps']:,} steps of {c['batch_size']} photographs, "
+        f"commit {c['commit']} |\n"
+        for c in card.get("trained before", [])
+    )
     return f"""# {card["title"]}: released weights `{name}`
 
 | | |
 |---|---|
 | trained on | {card["photographs"]:,} photographs of {card["data"]}, {card["side"]}x{card["side"]} |
-| training | {card["hours"]} h on {card["device"]}, {card["steps"]:,} steps of {card["batch_size"]} photographs |
-| command | `{card["command"]}` |
+| training | {card["hours"]} h on {card["device"]}, {steps}: {seen / card["photographs"]:.2g} epochs |
+{before}| command | `{card["command"]}` |
 | commit | {card["commit"]}, begun {card["trained"]} |
 | chosen | slice {card["slice"]} of {card["slices"]}, {validation} on {card["validation"]["n"]} validation photographs |
 | file | {card["bytes"]:,} bytes in half precision, SHA-256 {card["sha256"][:16]}... |
