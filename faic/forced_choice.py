@@ -72,21 +72,21 @@ class Trial:
     "One pair of a judge."
     number:int
     photograph:str # its name
-    colorizer:int # which of the judged runs; -1: an attention check
+    run:str # name of the run that colorizes it; '': an attention check
     real:str # side of the photograph: 'left' or 'right'
 
 def plan_trials(
     judge:str, # random number
     photographs:list, # names
-    colorizers:int, # how many runs are judged
+    runs:list, # names of the judged runs
 )->list: # of Trial
     "Put a judge's pairs and attention checks in order."
-    draw = random.Random(judge)
-    pairs = [(name, i) for name in photographs for i in range(colorizers)]
+    draw = random.Random(f'{judge} {runs}')
+    pairs = [(name, run) for name in photographs for run in runs]
     draw.shuffle(pairs)
     pairs = pairs[:MOST_PAIRS]
     for _ in range(max(2, round(len(pairs)/9))):
-        pairs.insert(draw.randrange(len(pairs) + 1), (draw.choice(photographs), -1))
+        pairs.insert(draw.randrange(len(pairs) + 1), (draw.choice(photographs), ''))
     return [Trial(number, *pair, draw.choice(SIDES)) for number, pair in enumerate(pairs)]
 
 # %% ../nbs/67_forced_choice.ipynb #632bb2c4
@@ -95,20 +95,20 @@ class Experiment:
     "What is judged, and where the answers are stored."
     folder:Path # of the answers
     photographs:dict # see `read_photographs`
-    colorizers:list # of RunColorizer
+    colorizers:dict # name of the run -> RunColorizer
     lock:threading.Lock=field(default_factory=threading.Lock) # for what several judges do at once
 
     def trials(self, judge:str)->list: # of Trial
         "A judge's trials."
-        return plan_trials(judge, list(self.photographs), len(self.colorizers))
+        return plan_trials(judge, list(self.photographs), list(self.colorizers))
 
     def fake(self, trial:Trial)->Image.Image:
         "The colorization of a pair, or the obvious fake of an attention check."
         picture = self.photographs[trial.photograph]
-        if trial.colorizer < 0:
+        if not trial.run:
             return obvious_fake(picture)
         with self.lock:
-            return self.colorizers[trial.colorizer](picture.copy(), make_generator(0, trial.photograph))
+            return self.colorizers[trial.run](picture.copy(), make_generator(0, trial.photograph))
 
 def open_experiment(
     answers:str='', # folder of the answers; '': `answers_folder()`
@@ -116,10 +116,11 @@ def open_experiment(
     judged:tuple=(), # models or runs, see `choose_run`; (): its default
 )->Experiment: # ValueError where there is nothing to judge
     "Read the photographs and open the runs."
-    colorizers = [open_run_colorizer(name) for name in judged or ('',)]
+    opened = [open_run_colorizer(name) for name in judged or ('',)]
     found = read_photographs(photographs)
     if not found:
         raise ValueError(f'{photographs} holds no photograph with colors; give another folder as --photographs')
+    colorizers = {colorizer.made_with['run']: colorizer for colorizer in opened}
     return Experiment(Path(answers).expanduser() if answers else answers_folder(), found, colorizers)
 
 # %% ../nbs/67_forced_choice.ipynb #c843f3f9
@@ -138,8 +139,9 @@ def next_pair(
 )->dict: # judge, done and total; trial, left and right, unless all is done
     "Prepare the first pair that a judge has not answered."
     trials, found = experiment.trials(judge), read_answers(experiment.folder)
-    answered = set(found['trial'][found['judge'] == judge])
-    left = [trial for trial in trials if trial.number not in answered]
+    own = found[found['judge'] == judge]
+    answered = set(zip(own['photograph'], own['run']))
+    left = [trial for trial in trials if (trial.photograph, trial.run) not in answered]
     pair = dict(judge=judge, done=len(trials) - len(left), total=len(trials))
     if not left:
         return pair
@@ -162,11 +164,11 @@ def keep_answer(
     trials = experiment.trials(judge)
     if given['side'] not in SIDES or given['trial'] not in range(len(trials)):
         raise ValueError('This is no answer to a pair. Load the page again to continue.')
-    trial, model, run = trials[given['trial']], '', ''
-    if trial.colorizer >= 0:
-        used = experiment.colorizers[trial.colorizer]
-        model, run = model_key(used.run.options) if used.run else used.model, used.made_with['run']
-    answer = Answer(judge, trial.number, trial.photograph, model, run, trial.real, given['side'], not run,
+    trial, model = trials[given['trial']], ''
+    if trial.run:
+        used = experiment.colorizers[trial.run]
+        model = model_key(used.run.options) if used.run else used.model
+    answer = Answer(judge, trial.number, trial.photograph, model, trial.run, trial.real, given['side'], not trial.run,
                     round(given['ms']))
     with experiment.lock:
         store_answer(experiment.folder, answer)

@@ -152,7 +152,7 @@ SIDES = ('left', 'right')
 class Answer:
     "A person's answer to one pair."
     judge:str # random number
-    trial:int # position of the pair, from 0
+    trial:int # position of the pair in its experiment, from 0
     photograph:str # its name
     model:str # key of the model, where a run says it; '' for an attention check
     run:str # name of the run that colorized; '' for an attention check
@@ -180,7 +180,7 @@ def store_answer(
 def read_answers(
     folder:Path=None, # None: `answers_folder()`
 )->pd.DataFrame: # the fields of `Answer`, a row each; empty where nobody has answered
-    "Read the answers of all judges; a line that a crash has torn is left out, and a pair counts once."
+    "Read the answers of all judges; a line that a crash has torn is left out, and a judge's pair counts once."
     rows = []
     for file in sorted(Path(folder or answers_folder()).glob('*.jsonl')):
         for line in file.read_text(errors='replace').split('\n'):
@@ -189,7 +189,8 @@ def read_answers(
             except (ValueError, TypeError): # no JSON, or other fields
                 continue
     frame = pd.DataFrame(rows, columns=[f.name for f in fields(Answer)])
-    return frame.astype(dict(trial=int, check=bool, ms=int)).drop_duplicates(['judge', 'trial'], ignore_index=True)
+    frame = frame.astype(dict(trial=int, check=bool, ms=int))
+    return frame.drop_duplicates(['judge', 'photograph', 'run'], ignore_index=True)
 
 # %% ../nbs/34_judges.ipynb #cf54e8e0
 CHECKS_PASSED = .8 # least share of the attention checks

@@ -42,6 +42,7 @@ from faic.score_tables import judges_table
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = "0123456789abcdef"
+RUNS = ["a run", "another run"]
 
 
 def paint(gray, generators):
@@ -132,20 +133,20 @@ def test_a_name_from_outside_is_text(uploads, tmp_path, name):
 def experiment(tmp_path):
     run = Run(tmp_path / "a run", dict(model="pix2pix", phase="phase2", preset="smoke"))
     photographs = {f"{i}.png": Image.effect_noise((30, 20), 50 + i).convert("RGB") for i in range(12)}
-    return Experiment(tmp_path / "answers", photographs, [colorizer(run)])
+    return Experiment(tmp_path / "answers", photographs, {"a run": colorizer(run)})
 
 
 def test_trials_are_random_blind_and_the_same_for_a_judge():
     names = [f"{i}.jpg" for i in range(60)]
-    trials = plan_trials(JUDGE, names, 2)
-    assert trials == plan_trials(JUDGE, names, 2) != plan_trials(JUDGE[::-1], names, 2)
-    assert len(trials) == 44 and sum(t.colorizer < 0 for t in trials) == 4
+    trials = plan_trials(JUDGE, names, RUNS)
+    assert trials == plan_trials(JUDGE, names, RUNS) != plan_trials(JUDGE[::-1], names, RUNS)
+    assert len(trials) == 44 and sum(not t.run for t in trials) == 4
     assert [t.number for t in trials] == list(range(44))
-    pairs = [(t.photograph, t.colorizer) for t in trials if t.colorizer >= 0]
-    assert len(set(pairs)) == 40 and {i for _, i in pairs} == {0, 1}
-    many = [t for i in range(200) for t in plan_trials(f"{i:016x}", names, 2)]
+    pairs = [(t.photograph, t.run) for t in trials if t.run]
+    assert len(set(pairs)) == 40 and {run for _, run in pairs} == set(RUNS)
+    many = [t for i in range(200) for t in plan_trials(f"{i:016x}", names, RUNS)]
     assert abs(np.mean([t.real == "left" for t in many]) - 0.5) < 0.03
-    first_check = [next(t.number for t in plan_trials(f"{i:016x}", names, 2) if t.colorizer < 0) for i in range(50)]
+    first_check = [next(t.number for t in plan_trials(f"{i:016x}", names, RUNS) if not t.run) for i in range(50)]
     assert len(set(first_check)) > 8
 
 
@@ -162,12 +163,37 @@ def test_each_answer_is_stored_at_once_and_a_judge_goes_on_where_he_stopped(expe
     assert frame["trial"].tolist() == [0, 1, 2, 3, 4] == list(range(pair["trial"])) and pair["done"] == 5
     assert set(frame["answer"]) == {"left"} and set(frame["ms"]) == {512}
     for row, trial in zip(frame.itertuples(), experiment.trials(JUDGE)):
-        assert (row.photograph, row.real, row.check) == (trial.photograph, trial.real, trial.colorizer < 0)
+        assert (row.photograph, row.real, row.check) == (trial.photograph, trial.real, not trial.run)
         assert (row.model, row.run) == (("", "") if row.check else ("pix2pix", "a run"))
     with open(experiment.folder / f"{JUDGE}.jsonl", "a") as file:  # a crash tears the last line
         file.write('\n{"judge": "0123')
     keep_answer(experiment, dict(judge=JUDGE, trial=5, side="right", ms=1))
     assert read_answers(experiment.folder)["trial"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def answer_all(experiment):
+    """Answer what is left; the answers, and how many pairs were left."""
+    pair = next_pair(experiment, JUDGE)
+    left = pair["total"] - pair["done"]
+    while "trial" in pair:
+        keep_answer(experiment, dict(judge=JUDGE, trial=pair["trial"], side="left", ms=500))
+        pair = next_pair(experiment, JUDGE)
+    assert pair["done"] == pair["total"]
+    return read_answers(experiment.folder), left
+
+
+def test_a_judge_who_returns_gets_the_pairs_that_are_new(experiment):
+    """Of other runs, and of another folder, where positions mean other pairs; no answer is lost or asked for again."""
+    first, _ = answer_all(experiment)
+    other = dataclasses.replace(experiment, colorizers={"another run": colorizer()})
+    both, _ = answer_all(other)
+    assert set(both["run"]) == {"", *RUNS}
+    planned = {(t.photograph, t.run) for e in (experiment, other) for t in e.trials(JUDGE)}
+    assert set(zip(both["photograph"], both["run"])) == planned and len(both) == len(planned)
+    more = dataclasses.replace(experiment, photographs=experiment.photographs | {"new.png": Image.new("RGB", (30, 20))})
+    frame, left = answer_all(more)
+    assert 0 < left < len(first) and frame.iloc[len(both):]["photograph"].eq("new.png").any()
+    assert not frame.duplicated(["photograph", "run"]).any()
 
 
 def test_both_pictures_of_a_pair_look_alike_to_a_program(experiment):
