@@ -22,7 +22,7 @@ from .colorize import reduce_picture
 from .colorizer import open_run_colorizer
 from .core import make_generator
 from .image_files import UnsupportedImage, read_image
-from .judges import SIDES, Answer, answers_folder, read_answers, store_answer
+from .judges import LIMIT, SIDES, Answer, answers_folder, read_answers, store_answer
 from .photos import EMBEDDED, GRAY_CHROMA, chroma_of, list_files
 from .selection import model_key
 
@@ -155,14 +155,19 @@ def _data_uri(picture):
     return f'data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}'
 
 # %% ../nbs/67_forced_choice.ipynb #926da028
+def _is_answer(given, pairs): # pairs: how many a judge has
+    trial, ms = given.get('trial'), given.get('ms')
+    typed = type(trial) is int and type(ms) in (int, float) # True and 0.0 equal positions, too
+    return typed and trial in range(pairs) and 0 <= ms < LIMIT and given.get('side') in SIDES
+
 def keep_answer(
     experiment:Experiment,
     given:dict, # by the page: judge, trial, side ('left' or 'right') and ms; nothing in it is trusted
 ): # ValueError for what is no answer
     "Store one answer at once."
-    judge = judge_number(given['judge'])
+    judge = judge_number(given.get('judge') or 'missing')
     trials = experiment.trials(judge)
-    if given['side'] not in SIDES or given['trial'] not in range(len(trials)):
+    if not _is_answer(given, len(trials)):
         raise ValueError('This is no answer to a pair. Load the page again to continue.')
     trial, model = trials[given['trial']], ''
     if trial.run:
@@ -282,7 +287,7 @@ def judging_tab(
     def opened(): # at the first visit; a failure is tried again
         return open_experiment(**source)
     def begin(given): # judge
-        return _or_error(lambda: next_pair(opened(), judge_number(given['judge'])))
+        return _or_error(lambda: next_pair(opened(), judge_number(given.get('judge'))))
     def answer(given): # judge, trial, side, ms
         return _or_error(lambda: keep_answer(opened(), given) or next_pair(opened(), given['judge']))
     gr.HTML(html_template=_JUDGE_HTML, css_template=_JUDGE_CSS, js_on_load=_JUDGE_JS, server_functions=[begin, answer])

@@ -205,12 +205,28 @@ def test_both_pictures_of_a_pair_look_alike_to_a_program(experiment):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(judge="../../../etc"), dict(side="both"), dict(trial=14), dict(trial=-1), dict(trial="x")]
+    "wrong",
+    [
+        *(dict(judge=judge) for judge in ("../../../etc", "", None, 0)),
+        *(dict(side=side) for side in ("both", ["left"], None)),
+        *(dict(trial=trial) for trial in (44, -1, "x", 0.0, True, None)),
+        *(dict(ms=ms) for ms in (1e300, 10**400, 1e9, -1, float("nan"), "x", True, None)),
+    ],
 )
 def test_what_is_no_answer_is_not_stored(experiment, wrong):
     with pytest.raises(ValueError, match="16 digits|no answer"):
         keep_answer(experiment, dict(judge=JUDGE, trial=0, side="left", ms=9) | wrong)
     assert not experiment.folder.exists() and len(judge_number("")) == 16
+
+
+def test_a_line_that_is_no_answer_costs_nobody_else_an_answer(experiment):
+    keep_answer(experiment, dict(judge=JUDGE, trial=0, side="left", ms=9))
+    line = json.loads((experiment.folder / f"{JUDGE}.jsonl").read_text())
+    wrong = [dict(ms=int(1e300)), dict(ms=0.5), dict(trial=10**30), dict(trial=True), dict(real="up"), dict(check=1)]
+    lines = [json.dumps(line | dict(judge="f" * 16) | change) for change in wrong]
+    (experiment.folder / "another.jsonl").write_text("\n".join(lines))
+    assert read_answers(experiment.folder)["judge"].tolist() == [JUDGE]
+    assert next_pair(experiment, JUDGE[::-1])["done"] == 0
 
 
 def test_photographs_without_colors_are_not_judged(tmp_path, monkeypatch):
