@@ -143,16 +143,32 @@ def test_trials_are_random_blind_and_the_same_for_a_judge():
     assert len(trials) == 44 and sum(not t.run for t in trials) == 4
     assert [t.number for t in trials] == list(range(44))
     pairs = [(t.photograph, t.run) for t in trials if t.run]
-    assert len(set(pairs)) == 40 and {run for _, run in pairs} == set(RUNS)
+    assert len(pairs) == 40 and [run for _, run in pairs].count("a run") == 20
     many = [t for i in range(200) for t in plan_trials(f"{i:016x}", names, RUNS)]
     assert abs(np.mean([t.real == "left" for t in many]) - 0.5) < 0.03
     first_check = [next(t.number for t in plan_trials(f"{i:016x}", names, RUNS) if not t.run) for i in range(50)]
     assert len(set(first_check)) > 8
 
 
+@pytest.mark.parametrize("count, pairs, checks", [(3, 1, 2), (10, 8, 2), (20, 16, 4), (43, 39, 4), (90, 40, 4)])
+def test_a_judge_sees_each_photograph_once(count, pairs, checks):
+    """The runs take turns; each meets each photograph with some judges; a check is as likely on any photograph."""
+    names = [f"{i}.jpg" for i in range(count)]
+    met, checked = set(), []
+    for i in range(300):
+        trials = plan_trials(f"{i:016x}", names, RUNS)
+        of_runs = [t.run for t in trials if t.run]
+        assert len({t.photograph for t in trials}) == len(trials) == pairs + checks and len(of_runs) == pairs
+        assert abs(of_runs.count(RUNS[0]) - of_runs.count(RUNS[1])) <= 1
+        met |= {(t.photograph, t.run) for t in trials}
+        checked += [t.photograph for t in trials if not t.run]
+    assert len(met) == 3 * count
+    assert max(checked.count(name) for name in names) < 2.5 * 300 * checks / count
+
+
 def test_each_answer_is_stored_at_once_and_a_judge_goes_on_where_he_stopped(experiment):
     pair = next_pair(experiment, JUDGE)
-    assert (pair["done"], pair["total"]) == (0, 14) and "photograph" not in pair and "real" not in pair
+    assert (pair["done"], pair["total"]) == (0, 12) and "photograph" not in pair and "real" not in pair
     for _ in range(5):
         given = dict(judge=JUDGE, trial=pair["trial"], side="left", ms=512.4)
         keep_answer(experiment, given)
@@ -209,7 +225,7 @@ def test_both_pictures_of_a_pair_look_alike_to_a_program(experiment):
     [
         *(dict(judge=judge) for judge in ("../../../etc", "", None, 0)),
         *(dict(side=side) for side in ("both", ["left"], None)),
-        *(dict(trial=trial) for trial in (44, -1, "x", 0.0, True, None)),
+        *(dict(trial=trial) for trial in (12, -1, "x", 0.0, True, None)),
         *(dict(ms=ms) for ms in (1e300, 10**400, 1e9, -1, float("nan"), "x", True, None)),
     ],
 )
@@ -233,10 +249,13 @@ def test_photographs_without_colors_are_not_judged(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40), "gray").save(tmp_path / "gray.png")
     (tmp_path / "letter.txt").write_text("Dear")
     monkeypatch.setattr("faic.forced_choice.open_run_colorizer", lambda name: colorizer())
-    with pytest.raises(ValueError, match="holds no photograph with colors"):
-        open_experiment(photographs=str(tmp_path))
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
-    assert list(read_photographs(str(tmp_path))) == ["red.png"]
+    colors = [f"{color}.png" for color in ("blue", "green", "red")]
+    for i, name in enumerate(colors):
+        with pytest.raises(ValueError, match=f"at least 3 photographs with colors in .* found {i}"):
+            open_experiment(photographs=str(tmp_path))
+        Image.new("RGB", (40, 40), name.removesuffix(".png")).save(tmp_path / name)
+    assert sorted(read_photographs(str(tmp_path))) == colors
+    assert sorted(open_experiment(photographs=str(tmp_path)).photographs) == colors
 
 
 def test_the_fake_of_an_attention_check_is_a_rainbow():
