@@ -278,7 +278,7 @@ buttons.forEach(button => button.addEventListener('click', () => {
 }));
 document.addEventListener('keydown', event => {
   const button = {ArrowLeft: buttons[0], ArrowRight: buttons[1]}[event.key];
-  if (button && !button.disabled && !find('.fc-trial').hidden) {event.preventDefault(); button.click()}
+  if (button && button.offsetParent && !button.disabled) {event.preventDefault(); button.click()}
 });
 """
 

@@ -32,7 +32,7 @@ from faic.cli import main
 from faic.color import rgb_to_lab
 from faic.colorize import RunColorizer, read_record, run_colorize
 from faic.core import write_json
-from faic.forced_choice import Experiment, judge_number, keep_answer, next_pair, open_experiment, plan_trials
+from faic.forced_choice import _JUDGE_JS, Experiment, judge_number, keep_answer, next_pair, open_experiment, plan_trials
 from faic.forced_choice import obvious_fake, read_photographs
 from faic.judges import SIDES, Answer, fool_rate, read_answers, store_answer
 from faic.notes import example_selection
@@ -276,6 +276,38 @@ def people(name, fooled, passes, rng, pairs=60, run="a run"):
         answer = SIDES[1 - SIDES.index(real)] if wrong else real
         rows.append(Answer(name, trial, f"{trial}.jpg", "", "" if check else run, real, answer, check, 700))
     return rows
+
+
+JUDGE_PAGE = """
+const node = value => ({value, style: {}, classList: {add() {}, remove() {}}, disabled: true, handlers: {},
+  addEventListener(name, f) {this.handlers[name] = f}, click() {this.handlers.click()}, async decode() {}, matches() {}});
+const nodes = {}, images = [node(), node()], buttons = [node('left'), node('right')], answers = [];
+const element = {querySelector: name => nodes[name] ??= node(),
+  querySelectorAll: name => name.includes('img') ? images : name.includes('button') ? buttons : []};
+let press = null;
+globalThis.document = {addEventListener: (name, f) => {press = key => f({key, preventDefault() {}})}};
+globalThis.localStorage = {getItem() {}, setItem() {}};
+const pair = {judge: 'j', done: 0, total: 9, trial: 0};
+const server = {begin: async () => pair, answer: async given => {answers.push(given.side); return pair}};
+const settle = () => new Promise(done => setTimeout(done, 20));
+new Function('element', 'server', 'setTimeout', SCRIPT)(element, server, f => setImmediate(f));
+(async () => {
+  element.querySelector('.fc-begin').click(); await settle();
+  for (const shown of [null, {}]) {
+    buttons.forEach(b => {b.offsetParent = shown}); press('ArrowLeft'); await settle();
+  }
+  console.log(JSON.stringify(answers));
+})();
+"""
+
+
+def test_arrow_keys_answer_only_while_the_tab_is_shown():
+    """The page's own script on a stand-in for the browser: a hidden element has no offsetParent."""
+    if shutil.which("node") is None:
+        pytest.skip("no node: apt-get install nodejs")
+    program = JUDGE_PAGE.replace("SCRIPT", json.dumps(_JUDGE_JS))
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == '["left"]', done.stderr
 
 
 def as_frame(answers):
@@ -536,6 +568,10 @@ def test_which_one_is_real_in_a_browser(chromium, address):
     page.fill(".fc-number", "no number")
     page.click(".fc-begin")
     page.wait_for_function("document.querySelector('.fc-error').innerText.includes('16 digits')")
+    page.wait_for_selector(".fc-buttons button:enabled")
+    page.get_by_role("tab", name="Colorize").click()
+    page.keyboard.press("ArrowLeft")  # in another tab: no answer
+    page.wait_for_timeout(500)
     page.fill(".fc-number", judge)
     page.click(".fc-begin")
     page.wait_for_function("document.querySelector('.fc-count').innerText.includes('Pair 4 of')")
