@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .color import lab_to_rgb, rgb_to_lab, to_uint8
-from .colorize import reduce_picture
+from .colorize import read_record, reduce_picture
 from .colorizer import open_run_colorizer
 from .core import make_generator
 from .image_files import UnsupportedImage, read_image
@@ -46,25 +46,27 @@ def obvious_fake(
     rainbow = torch.cat([L, a*cos - b*sin + RAINBOW*cos, a*sin + b*cos + RAINBOW*sin], 1)
     return Image.fromarray(to_uint8(lab_to_rgb(rainbow))[0].permute(1, 2, 0).numpy())
 
-def _photograph_files(folder): # the embedded ones without a folder
+def _photograph_files(folder): # (name, file) each; the embedded ones without a folder
     if folder:
         root = Path(folder).expanduser()
-        return [root/name for name, _ in list_files(root)]
-    return [Path(find_spec(p.package).origin).parent/p.file for p in EMBEDDED]
+        return [(name, root/name) for name, _ in list_files(root)]
+    return [(Path(p.file).name, Path(find_spec(p.package).origin).parent/p.file) for p in EMBEDDED]
 
 def read_photographs(
     folder:str='', # '': the photographs inside installed packages
-)->dict: # name -> RGB picture; at most MOST_PHOTOGRAPHS
-    "Read the photographs to be judged, reduced; those without colors are left out."
+)->dict: # path in the folder, or the name of an embedded one -> RGB picture; at most MOST_PHOTOGRAPHS
+    "Read the photographs to be judged, reduced; those without colors and results of FAIC are left out."
     files, found = _photograph_files(folder), {}
     random.Random(0).shuffle(files)
-    for file in files:
+    for name, file in files:
+        if read_record(file) is not None: # a colorization
+            continue
         try:
             picture = reduce_picture(read_image(file).rgb, SHOWN_SIDE)
         except (UnsupportedImage, OSError): # no photograph
             continue
         if chroma_of(np.asarray(picture)) >= GRAY_CHROMA:
-            found[file.name] = picture
+            found[name] = picture
         if len(found) == MOST_PHOTOGRAPHS:
             break
     return found

@@ -258,6 +258,17 @@ def test_photographs_without_colors_are_not_judged(tmp_path, monkeypatch):
     assert sorted(open_experiment(photographs=str(tmp_path)).photographs) == colors
 
 
+def test_photographs_are_known_by_their_paths_and_results_are_none(opened, tmp_path):
+    """A result beside its photograph is no photograph; equal names in two folders are two photographs."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(skimage.data.coffee()).save(tmp_path / name / "cup.png")
+    run_colorize(str(tmp_path / "a" / "cup.png"), out=str(tmp_path / "out"))
+    shutil.copy(tmp_path / "out" / "cup.png", tmp_path / "a" / "made.png")
+    shutil.rmtree(tmp_path / "out")
+    assert sorted(read_photographs(str(tmp_path))) == ["a/cup.png", "b/cup.png"]
+
+
 def test_the_fake_of_an_attention_check_is_a_rainbow():
     """Two turns of the hue from left to right; the lightness of a mild photograph stays."""
     gray = Image.new("RGB", (65, 4), (128, 128, 128))
@@ -265,17 +276,6 @@ def test_the_fake_of_an_attention_check_is_a_rainbow():
     turns = torch.atan2(lab[2], lab[1]) / (2 * torch.pi)
     assert ((turns - torch.linspace(0, 2, 65) + 0.5) % 1 - 0.5).abs().max() < 0.03
     assert (lab[0] - rgb_to_lab(torch.full((1, 3, 1, 1), 128 / 255))[0, 0, 0]).abs().max() < 2
-
-
-def people(name, fooled, passes, rng, pairs=60, run="a run"):
-    """Answers of a judge who is fooled with a probability, and passes attention checks with another."""
-    rows = []
-    for trial in range(pairs + 5):
-        check, real = trial >= pairs, SIDES[rng.integers(2)]
-        wrong = rng.random() >= passes if check else rng.random() < fooled
-        answer = SIDES[1 - SIDES.index(real)] if wrong else real
-        rows.append(Answer(name, trial, f"{trial}.jpg", "", "" if check else run, real, answer, check, 700))
-    return rows
 
 
 JUDGE_PAGE = """
@@ -308,6 +308,17 @@ def test_arrow_keys_answer_only_while_the_tab_is_shown():
     program = JUDGE_PAGE.replace("SCRIPT", json.dumps(_JUDGE_JS))
     done = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == '["left"]', done.stderr
+
+
+def people(name, fooled, passes, rng, pairs=60, run="a run"):
+    """Answers of a judge who is fooled with a probability, and passes attention checks with another."""
+    rows = []
+    for trial in range(pairs + 5):
+        check, real = trial >= pairs, SIDES[rng.integers(2)]
+        wrong = rng.random() >= passes if check else rng.random() < fooled
+        answer = SIDES[1 - SIDES.index(real)] if wrong else real
+        rows.append(Answer(name, trial, f"{trial}.jpg", "", "" if check else run, real, answer, check, 700))
+    return rows
 
 
 def as_frame(answers):
@@ -557,6 +568,10 @@ def test_which_one_is_real_in_a_browser(chromium, address):
         assert not images.first.is_visible() and not images.nth(1).is_visible()
         page.keyboard.press("ArrowRight") if i == 1 else buttons.first.click()
         page.wait_for_function(f"document.querySelector('.fc-count').innerText.includes('Pair {i + 2} of')")
+    page.wait_for_selector(".fc-buttons button:enabled")
+    page.get_by_role("tab", name="Colorize").click()
+    page.keyboard.press("ArrowLeft")  # in another tab: no answer
+    page.wait_for_timeout(500)
     judge = page.evaluate("localStorage.getItem('faic-judge')")
     frame = read_answers(folder / "answers")
     assert frame["answer"].tolist() == ["left", "right", "left"] and frame["trial"].tolist() == [0, 1, 2]
@@ -568,10 +583,6 @@ def test_which_one_is_real_in_a_browser(chromium, address):
     page.fill(".fc-number", "no number")
     page.click(".fc-begin")
     page.wait_for_function("document.querySelector('.fc-error').innerText.includes('16 digits')")
-    page.wait_for_selector(".fc-buttons button:enabled")
-    page.get_by_role("tab", name="Colorize").click()
-    page.keyboard.press("ArrowLeft")  # in another tab: no answer
-    page.wait_for_timeout(500)
     page.fill(".fc-number", judge)
     page.click(".fc-begin")
     page.wait_for_function("document.querySelector('.fc-count').innerText.includes('Pair 4 of')")
