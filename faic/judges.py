@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VGG_LAYERS', 'VGG_MEAN', 'VGG_SCALE', 'SAMPLES_EACH', 'SAMPLED_PHOTOS', 'SIDES', 'LIMIT', 'CHECKS_PASSED',
-           'efficientnet_lite2', 'same_class', 'VGG16Features', 'find_judges', 'judge_scores', 'compare_samples',
-           'sample_columns', 'Answer', 'answers_folder', 'store_answer', 'read_answers', 'FoolRate', 'attentive_judges',
-           'fool_rate']
+           'NORMAL_QUANTILE', 'efficientnet_lite2', 'same_class', 'VGG16Features', 'find_judges', 'judge_scores',
+           'compare_samples', 'sample_columns', 'Answer', 'answers_folder', 'store_answer', 'read_answers', 'FoolRate',
+           'attentive_judges', 'fool_rate']
 
 # %% ../nbs/34_judges.ipynb #5c7eb432
 import json, os
@@ -202,6 +202,7 @@ def read_answers(
 
 # %% ../nbs/34_judges.ipynb #cf54e8e0
 CHECKS_PASSED = .8 # least share of the attention checks
+NORMAL_QUANTILE = 1.959964 # of 97.5 %
 
 @dataclass(frozen=True)
 class FoolRate:
@@ -221,17 +222,29 @@ def attentive_judges(
     passed = (checks['answer'] == checks['real']).groupby(checks['judge']).mean() >= CHECKS_PASSED
     return set(passed.index[passed])
 
+def _wilson_interval(fooled, answers): # of each judge -> low, high
+    n, judges = answers.sum(), len(answers)
+    p, quantile, effect = fooled.sum()/n, NORMAL_QUANTILE, 1.
+    if judges > 1:
+        from scipy.special import stdtrit # slow to import
+        quantile = stdtrit(judges - 1, .975)
+        if 0 < p < 1:
+            effect = max(1., judges/(judges - 1)*((fooled - answers*p)**2).sum()/(n*p*(1 - p)))
+    z2 = quantile**2*effect/n
+    half = (z2*p*(1 - p) + z2**2/4)**.5
+    return max(0., (p + z2/2 - half)/(1 + z2)), min(1., (p + z2/2 + half)/(1 + z2)) # rounding may leave 0..1
+
 def fool_rate(
     frame:pd.DataFrame, # see `read_answers`
     runs=None, # names of the runs whose pairs count; None: all
 )->FoolRate:
-    "Compute the fool rate with Wilson's 95 % interval."
+    "Compute the fool rate with Wilson's 95 % interval, widened where judges differ."
     pairs = frame[~frame['check'] & (True if runs is None else frame['run'].isin(list(runs)))]
     kept = pairs[pairs['judge'].isin(attentive_judges(frame))]
-    fooled, n, judges = int((kept['answer'] != kept['real']).sum()), len(kept), kept['judge'].nunique()
-    left_out = pairs['judge'].nunique() - judges
-    if not n:
+    by_judge = (kept['answer'] != kept['real']).groupby(kept['judge']).agg(['sum', 'count'])
+    left_out = pairs['judge'].nunique() - len(by_judge)
+    if kept.empty:
         return FoolRate(np.nan, np.nan, np.nan, 0, 0, left_out)
-    from scipy.stats import binomtest # takes a second to import
-    interval = binomtest(fooled, n).proportion_ci(method='wilson')
-    return FoolRate(fooled/n, float(interval.low), float(interval.high), n, judges, left_out)
+    fooled, answers = by_judge['sum'].to_numpy(), by_judge['count'].to_numpy()
+    low, high = _wilson_interval(fooled, answers)
+    return FoolRate(float(fooled.sum()/len(kept)), float(low), float(high), len(kept), len(by_judge), left_out)
