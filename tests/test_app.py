@@ -281,7 +281,8 @@ def test_the_fake_of_an_attention_check_is_a_rainbow():
 
 JUDGE_PAGE = """
 const node = value => ({value, style: {}, classList: {add() {}, remove() {}}, disabled: true, handlers: {},
-  addEventListener(name, f) {this.handlers[name] = f}, click() {this.handlers.click()}, async decode() {}, matches() {}});
+  addEventListener(name, f) {this.handlers[name] = f}, click() {this.handlers.click()}, matches() {},
+  async decode() {}});
 const nodes = {}, images = [node(), node()], buttons = [node('left'), node('right')], answers = [];
 const element = {querySelector: name => nodes[name] ??= node(),
   querySelectorAll: name => name.includes('img') ? images : name.includes('button') ? buttons : []};
