@@ -189,7 +189,7 @@ def budgets(preset, hours):
 @click.option('--frame', default='whole', show_default=True, type=click.Choice(['whole', 'square']),
               help="All of the photograph at its own size, or its central square at the model's size.")
 @click.option('--device', default='auto', show_default=True, help='auto, cpu, cuda, cuda:1')
-@click.option('--overwrite', is_flag=True, help='Replace files that are there; the photographs are never replaced.')
+@click.option('--overwrite', is_flag=True, help='Replace results of FAIC that are there; no other file is ever replaced.')
 @click.option('-p', '--parameter', 'parameters', nargs=2, multiple=True, metavar='NAME VALUE',
               help="A parameter of the architecture, e.g. 'temperature 0.5'; may be repeated.")
 def colorize(photo, parameters, **given):

@@ -133,13 +133,15 @@ class TargetTaken(Exception):
 def _is_made(target, record, photographs, overwrite): # a file that is there: is it the answer already?
     if _disk_id(target) in photographs:
         raise TargetTaken(f'its target {target} is a photograph, which no result replaces; give another folder as out')
+    there = read_record(target)
+    if not there:
+        raise TargetTaken(f'{target} is there already and is no result of FAIC; give another folder as out')
     if overwrite:
         return False
-    there = read_record(target)
-    if there is not None and there | dict(place='') == record | dict(place=''):
+    if there | dict(place='') == record | dict(place=''):
         return True
-    what = 'no result of FAIC' if there is None else 'a result of another version, run or parameter'
-    raise TargetTaken(f'{target} is there already and is {what}; give another folder as out, or overwrite')
+    raise TargetTaken(f'{target} is there already and is a result of another photograph, version, run or parameter; '
+                      'give another folder as out, or overwrite')
 
 def _disk_id(file): # the same through links and other spellings of the name; None where nothing is there
     try:
@@ -155,7 +157,7 @@ def save_result(
     result:Image.Image, # RGB or RGBA
     target:Path, # PNG; its folder is made
     record:dict, # how it was made, see `read_record`
-    overwrite:bool=False, # replace a file that is there
+    replace:bool=False, # replace the file that is there, an older result
     **metadata, # icc_profile, exif, dpi
 ): # OSError where a file is there, or where it cannot be written
     "Write a picture with its record, whole or not at all."
@@ -166,7 +168,7 @@ def save_result(
     partial = target.with_name(f'.faic-{os.getpid()}.part') # short: the target's name may be as long as names can be
     try:
         result.save(partial, 'PNG', pnginfo=info, compress_level=_PNG_LEVEL, **metadata)
-        if overwrite:
+        if replace:
             os.replace(partial, target)
         else:
             move_to_free_name(partial, target)
@@ -232,7 +234,7 @@ def run_colorize(
     device:str='auto', # auto, cpu, cuda, cuda:1
     frame:str='whole', # whole: all of the photograph at its own size; square: its central square, at the model's size
     first_stage:str='', # the file, if the run was trained with one
-    overwrite:bool=False, # replace files that are there; a photograph of this call is never replaced
+    overwrite:bool=False, # replace results of FAIC that are there; no other file is ever replaced
     strength:float=1., # 0 (gray) to 1: multiplies the chroma
     samples:int=1, # colorizations of each photograph, with seed, seed + 1, ...
     compare:bool=False, # also write a side-by-side picture: the gray photograph and its colorizations
@@ -313,6 +315,7 @@ def _colorize_file(found, file, targets, photographs, p):
                if not (os.path.lexists(t) and _is_made(t, record, photographs, p.overwrite))]
     if not missing:
         return
+    replaced = [t for t in missing if os.path.lexists(t)] # a file that appears later stays
     picture = read_image(file)
     gray = reduce_picture(picture.rgb.convert('L')) if p.compare else None # before the answer replaces the pixels
     answers = targets[:p.samples]
@@ -320,9 +323,9 @@ def _colorize_file(found, file, targets, photographs, p):
     for target in left:
         photo = picture.rgb if target == left[-1] else picture.rgb.copy()
         result = _answer(found, photo, make_generator(records[target]['seed'], file.name), p)
-        _save_answer(result, picture, target, records[target], p)
+        _save_answer(result, picture, target, records[target], target in replaced, p)
     if targets[-1] in missing[len(left):]:
-        save_result(side_by_side(gray, answers), targets[-1], records[targets[-1]], p.overwrite,
+        save_result(side_by_side(gray, answers), targets[-1], records[targets[-1]], targets[-1] in replaced,
                     icc_profile=picture.metadata['icc_profile'])
 
 # %% ../nbs/65_colorize.ipynb #49a0f09d
@@ -339,13 +342,13 @@ def _answer(found, photo, generator, p):
         found.notes.add('note: the model draws no random numbers, so all answers to a photograph are equal')
     return result
 
-def _save_answer(result, picture, target, record, p):
+def _save_answer(result, picture, target, record, replace, p):
     metadata = dict(picture.metadata)
     if p.frame == 'square':
         metadata.pop('dpi', None) # of a picture of another size
     if picture.alpha is not None:
         result.putalpha(ImageOps.fit(picture.alpha, result.size, Image.Resampling.BOX))
-    save_result(result, target, record, p.overwrite, **metadata)
+    save_result(result, target, record, replace, **metadata)
 
 # %% ../nbs/65_colorize.ipynb #49a0f11d
 COMPARED = 1024 # px, the longest side of a picture in a side-by-side one

@@ -109,9 +109,33 @@ def test_a_file_that_is_there_stays(album, colorizer, tmp_path, there):
     assert {f.name for f in found.done} == {"a.jpg", "a.tif"}
     assert "is there already and is no result of FAIC" in found.failed[album / "grandmother.png"]
     assert before.items() <= contents(out).items() and other.read_text() == "precious"
-    if there not in ("folder", "dangling link"):
-        run_colorize(str(album), out=str(out), overwrite=True)
-        assert read_record(taken) and not taken.is_symlink() and other.read_text() == "precious"
+    before = contents(out)
+    again = run_colorize(str(album), out=str(out), overwrite=True)
+    assert "no result of FAIC; give another folder as out" in again.failed[album / "grandmother.png"]
+    assert contents(out) == before and other.read_text() == "precious"
+
+
+def test_overwrite_replaces_no_other_photograph_of_the_folder(album, colorizer):
+    """The result of a.jpg would be a.png, which is another photograph and no input of this call."""
+    Image.new("L", (9, 9)).save(album / "a.png")
+    before = contents(album)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="a.png is there already and is no result of FAIC") as e:
+            run_colorize(str(album / "a.jpg"), out=str(album), overwrite=overwrite)
+        assert "or overwrite" not in str(e.value) and contents(album) == before
+
+
+def test_a_file_that_appears_while_colorizing_stays(album, colorizer):
+    target = album.with_name("album-colorized") / "a.png"
+
+    def save_meanwhile(gray, generators):
+        target.write_text("precious")
+        return paint(gray, generators)
+
+    colorizer(save_meanwhile)
+    with pytest.raises(ValueError, match="none of the files was colorized"):
+        run_colorize(str(album / "a.jpg"), overwrite=True)
+    assert target.read_text() == "precious"
 
 
 def test_the_same_command_gives_the_same_answer(album, colorizer):
@@ -137,7 +161,7 @@ def test_another_command_does_not_replace_a_result(album, colorizer, change):
             Image.new("L", (30 + i, 30)).save(album / name)
     else:
         options = dict(seed=7) if change == "seed" else dict(frame="square")
-    with pytest.raises(ValueError, match="a result of another version, run or parameter"):
+    with pytest.raises(ValueError, match="a result of another photograph, version, run or parameter"):
         run_colorize(str(album), **options)
     assert contents(folder) == before
     assert len(run_colorize(str(album), overwrite=True, **options).done) == 3
