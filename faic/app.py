@@ -10,6 +10,7 @@ __all__ = ['EXAMPLES', 'Shown', 'Uploads', 'copy_uploads', 'colorize_uploads', '
 # %% ../nbs/66_app.ipynb #27af1b8a
 import os, re, shutil, signal, sys, tempfile, threading, zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from importlib.util import find_spec
@@ -171,7 +172,7 @@ footer {display: none !important}
 }
 """
 _HEAD = """<h1>Color for black-and-white photographs</h1>
-<p>A trained network guesses the colors. Your photographs stay on this computer.</p>"""
+<p>A trained network guesses the colors. Your photographs go only to the computer that runs this page.</p>"""
 _EMPTY = '<p>Your photograph appears here in color.<br>Drag the line over it to compare.</p>'
 EXAMPLES = ('astronaut', 'coffee', 'chelsea') # free photographs that come with scikit-image
 
@@ -289,6 +290,19 @@ def require_gradio(): # ImportError
     if find_spec('gradio') is None:
         raise ImportError(f"the page needs gradio; install it: {sys.executable} -m pip install 'gradio>=6.31,<7'")
 
+# %% ../nbs/66_app.ipynb #81923ce7
+_ENDINGS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)] # Windows has no SIGHUP
+
+def _end_on_signals(): # as on Ctrl-C; a terminal that is closed sends SIGHUP, often twice
+    def end(number, frame):
+        for ending in _ENDINGS:
+            signal.signal(ending, signal.SIG_IGN) # a second one must not stop the cleanup
+        raise KeyboardInterrupt
+    for ending in _ENDINGS:
+        if signal.getsignal(ending) != signal.SIG_IGN: # nohup ignores SIGHUP
+            signal.signal(ending, end)
+
+# %% ../nbs/66_app.ipynb #81923ce8
 def serve_page(
     host:str='127.0.0.1', # '0.0.0.0': other computers of the network may use the page
     port:int=None, # None: the first free one from 7860
@@ -297,7 +311,7 @@ def serve_page(
 ):
     "Serve the page until it is interrupted."
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # the folder is deleted, too
+    _end_on_signals()
     with tempfile.TemporaryDirectory(prefix='faic-app-') as work:
         os.environ['GRADIO_TEMP_DIR'] = str(Path(work)/'gradio')
         page = make_page(Path(work), tabs or {})
@@ -307,7 +321,8 @@ def serve_page(
             print(f'{page.local_url}  Ctrl-C ends it.', flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
-            print('\nEnded; uploads and results are deleted.')
+            with suppress(OSError): # a closed terminal
+                print('\nEnded; uploads and results are deleted.', flush=True)
         finally:
             page.close(verbose=False)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -405,6 +406,39 @@ def test_the_page_is_for_this_computer_alone(monkeypatch):
     for words in ([], ["--host", "0.0.0.0", "--port", "8000", "--no-browser"]):
         assert CliRunner().invoke(main, ["app", *words]).exit_code == 0
     assert [call[:3] for call in calls] == [("127.0.0.1", None, True), ("0.0.0.0", 8000, False)]
+
+
+SERVE = """
+import sys, types
+import faic.app
+page = types.SimpleNamespace(launch=lambda **options: None, local_url="serving", close=lambda verbose: print("closed"))
+faic.app.make_page = lambda work, tabs: page
+faic.app.page_theme = lambda: None
+faic.app.serve_page()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_uploads_are_deleted_when_the_terminal_is_closed(tmp_path, nohup):
+    """The terminal cannot be written any more, and sends SIGHUP twice; under nohup the page stays."""
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * nohup + SERVE
+    environment = os.environ | dict(TMPDIR=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("serving") and list(tmp_path.glob("faic-app-*"))
+    process.stdout.close()
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+    if nohup:
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.terminate()
+    process.wait(20)
+    assert not list(tmp_path.glob("faic-app-*"))
+
+
+def test_the_page_says_where_photographs_go_also_to_a_visitor():
+    assert "this computer" not in faic.app._HEAD and "computer that runs this page" in faic.app._HEAD
 
 
 @pytest.mark.parametrize(
