@@ -23,7 +23,7 @@ from .core import (RESULT_SOFTWARE, RESULTS_MARKER, ProgressBar, leave_busy_core
                        printable, short_hash)
 from .drawing import picture_row
 from .full_size import UPSAMPLING, strength_check
-from .image_files import UnsupportedImage, read_image
+from .image_files import FIRST_FRAME, UnsupportedImage, read_image
 from .parameters import boolean, notebook_parameters
 from .photos import is_result, list_files
 from .train import out_of_memory
@@ -300,6 +300,8 @@ def _is_no_photograph(file, error):
 def _reason(error):
     if out_of_memory(error):
         return 'there is too little memory for it; close other programs, or make it smaller'
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return f'it has more than {2*Image.MAX_IMAGE_PIXELS/1e6:.0f} megapixels; make it smaller'
     return ' '.join(str(error).split()) or type(error).__name__
 
 def _first_reasons(reasons, most=5):
@@ -317,6 +319,8 @@ def _colorize_file(found, file, targets, photographs, p):
         return
     replaced = [t for t in missing if os.path.lexists(t)] # a file that appears later stays
     picture = read_image(file)
+    if FIRST_FRAME in picture.note.split(', '):
+        found.notes.add(f'note: {printable(file.name)} has several pages or frames; only the first is colorized')
     gray = reduce_picture(picture.rgb.convert('L')) if p.compare else None # before the answer replaces the pixels
     answers = targets[:p.samples]
     left = [t for t in missing if t in answers]

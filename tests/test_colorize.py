@@ -364,6 +364,19 @@ def test_the_error_of_one_photograph_stops_no_other(album, colorizer, error, rea
         found.check()
 
 
+def test_only_the_first_page_is_colorized_and_a_note_tells(album, colorizer):
+    pages = [Image.new("L", (20, 20), level) for level in (80, 120)]
+    pages[0].save(album / "pages.tif", save_all=True, append_images=pages[1:])
+    notes = run_colorize(str(album)).notes
+    assert notes == {"note: pages.tif has several pages or frames; only the first is colorized"}
+
+
+def test_a_photograph_beyond_the_limit_has_advice(album, colorizer, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match="a.jpg: it has more than 0 megapixels; make it smaller"):
+        run_colorize(str(album / "a.jpg"))
+
+
 def test_pipes_and_dangling_links_are_no_photographs(album, colorizer):
     """Opening a pipe would wait forever."""
     os.mkfifo(album / "pipe.jpg")

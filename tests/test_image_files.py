@@ -431,6 +431,21 @@ def test_first_frame_has_its_pixels(tmp_path, picture):
     assert (np.asarray(read_image(tmp_path / "x.gif").rgb) == np.asarray(frames[0].convert("RGB"))).all()
 
 
+def test_pages_are_noted_and_further_views_are_not(tmp_path, picture):
+    small = picture.resize((32, 32))
+    for extension, note in (("tif", "first frame"), ("mpo", "")):
+        small.save(tmp_path / f"x.{extension}", save_all=True, append_images=[small.rotate(90)])
+        assert read_image(tmp_path / f"x.{extension}").note == note
+
+
+def test_the_thumbnail_of_a_raw_camera_file_is_refused(tmp_path):
+    for kind in (0, 1):
+        (tmp_path / f"{kind}.nef").write_bytes(tiff(RAMP, 8, more=[(254, 4, (kind,))]))
+    assert read_image(tmp_path / "0.nef").rgb.size == (32, 8)
+    with pytest.raises(UnsupportedImage, match="begins with a thumbnail.*; convert it to TIFF or JPEG first"):
+        read_image(tmp_path / "1.nef")
+
+
 def test_hidden_pixels_are_white(tmp_path, picture):
     alpha = Image.linear_gradient("L").resize(picture.size).point(lambda a: 0 if a < 64 else a)
     hidden = np.asarray(alpha) == 0
@@ -611,6 +626,20 @@ def test_reasons_are_words(tmp_path, picture):
         with pytest.raises(UnsupportedImage, match=words) as e:
             read_image(tmp_path / "x")
         assert not any(name in str(e.value) for name in ("Error", "Exception", "BytesIO", str(tmp_path)))
+
+
+def test_no_warning_of_a_size_that_is_read(tmp_path, picture):
+    picture.save(tmp_path / "x.png")
+    code = (
+        "import sys\nfrom PIL import Image\nfrom faic.image_files import UnsupportedImage, read_image\n"
+        "size = read_image(sys.argv[1]).size\n"
+        "Image.MAX_IMAGE_PIXELS = size[0]*size[1] - 1\nread_image(sys.argv[1])\n"
+        "Image.MAX_IMAGE_PIXELS //= 2\n"
+        "try: read_image(sys.argv[1])\nexcept UnsupportedImage as e: print(e)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "x.png"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (answer.stdout, answer.stderr) == ("too large\n", "")
 
 
 def test_missing_decoders_are_named(tmp_path):
