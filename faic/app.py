@@ -81,7 +81,6 @@ def colorize_uploads(
     except Exception as e: # the page goes on, whatever happened
         text = str(e) if isinstance(e, (ValueError, OSError)) else f'{type(e).__name__}: {e}'
         found.error = '' if found.reasons else _without_folders(text, files)
-    found.made = {file: found.made[file] for file in files if file in found.made} # in the owner's order
     return found
 
 def _without_folders(text, files): # the folders of uploads mean nothing to their owner

@@ -7,7 +7,7 @@ __all__ = ['COMPARED', 'read_record', 'find_photographs', 'TargetTaken', 'save_r
            'path_list', 'colorize_parameters', 'run_colorize', 'reduce_picture', 'side_by_side', 'preview']
 
 # %% ../nbs/65_colorize.ipynb #6aa71f98
-import json, mimetypes, os, unicodedata
+import json, mimetypes, os, platform, unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,22 +61,27 @@ def find_photographs(
     "Find the photographs to colorize and their targets, without FAIC's own results; an error where there is none."
     if not photo:
         raise ValueError('no photograph given: start with -p photo /my/photo.jpg (or a folder)')
-    path = Path(photo).expanduser().resolve()
+    path = _absolute(photo)
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist; give a photograph or a folder of them as photo')
-    root = path if path.is_dir() else path.parent
-    folder = _out_folder(path, root, out)
+    folder = _out_folder(path, out)
     found = [path] if path.is_file() else [path/name for name, _ in list_files(path)]
     files = [f for f in found if not _is_result(f, path)]
     if not files:
         what = 'no photograph, only results of FAIC' if found else 'no files'
         raise ValueError(f'{path} holds {what}; give a photograph or a folder of them as photo')
-    _make_results_folder(folder)
-    return _targets(files, root, folder, suffixes, taken)
+    return _targets(files, _root(path), folder, suffixes, taken)
+
+def _absolute(path): # a link keeps its own name and place
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+def _root(path): # the folder that the names of results are relative to
+    return path if path.is_dir() else path.parent
 
 # %% ../nbs/65_colorize.ipynb #49a0f01d
-def _out_folder(path, root, out):
+def _out_folder(path, out): # path: absolute, of a photograph or a folder of them
     if not out:
+        root = _root(path)
         if not root.name:
             raise ValueError(f'{root} has no folder beside it for the results; give a folder as out')
         beside, inside = root.with_name(f'{root.name}-colorized'), root/f'{root.name}-colorized'
@@ -139,9 +144,17 @@ def _is_made(target, record, photographs, overwrite): # a file that is there: is
     if overwrite:
         return False
     if there | dict(place='') == record | dict(place=''):
-        return True
+        return _is_intact(target)
     raise TargetTaken(f'{target} is there already and is a result of another photograph, version, run or parameter; '
                       'give another folder as out, or overwrite')
+
+def _is_intact(file): # a PNG; a crash or a full disk may have cut it, which its checksums tell without decoding
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except Exception: # whatever Pillow raises on a damaged file
+        return False
+    return True
 
 def _disk_id(file): # the same through links and other spellings of the name; None where nothing is there
     try:
@@ -165,9 +178,12 @@ def save_result(
     info.add_text('Software', RESULT_SOFTWARE)
     info.add_text('Comment', json.dumps(record))
     _make_results_folder(target.parent)
-    partial = target.with_name(f'.faic-{os.getpid()}.part') # short: the target's name may be as long as names can be
+    partial = target.with_name(f'.faic-{platform.node()}-{os.getpid()}.part') # the target's name may leave no room
     try:
-        result.save(partial, 'PNG', pnginfo=info, compress_level=_PNG_LEVEL, **metadata)
+        with open(partial, 'wb') as f:
+            result.save(f, 'PNG', pnginfo=info, compress_level=_PNG_LEVEL, **metadata)
+            f.flush()
+            os.fsync(f.fileno()) # before it gets its name
         if replace:
             os.replace(partial, target)
         else:
@@ -247,14 +263,15 @@ def run_colorize(
     given |= given.pop('own')
     report = given.pop('report') or _ignore
     p = colorize_parameters(given, *given)
-    targets, failed = _find_all(p)
+    targets, folders, failed = _find_all(p)
     device = pick_device(p.device)
     if device.type == 'cpu':
         leave_busy_cores() # on a busy core, a second thread makes colorizing many times slower
-    found = Colorized(open_run_colorizer(p.model, device, p.first_stage, p), {}, {}, failed)
+    colorizer = open_run_colorizer(p.model, device, p.first_stage, p)
+    found = Colorized(colorizer, {}, {}, failed, {colorizer.caution} - {''})
     for file, reason in failed.items():
         report(file, [], reason)
-    _colorize_all(found, targets, p, report)
+    _colorize_all(found, targets, folders, p, report)
     if not found.done:
         raise ValueError(f'none of the files was colorized: {_first_reasons(found.failed | found.skipped)}')
     return found
@@ -263,18 +280,19 @@ def _ignore(file, targets, reason): # a report that nobody reads
     pass
 
 # %% ../nbs/65_colorize.ipynb #49a0f07d
-def _find_all(p): # (file -> targets, path -> why nothing was found there); a single path's error is raised
+def _find_all(p): # (file -> targets, file -> folder of its results, path -> why nothing was found there)
     paths = p.photo if isinstance(p.photo, list) else [p.photo]
-    targets, failed, taken = {}, {}, set()
+    targets, folders, failed, taken = {}, {}, {}, set()
     for path in paths:
         try:
-            targets = find_photographs(path, p.out, _suffixes(p), taken) | targets
+            for file, answers in find_photographs(path, p.out, _suffixes(p), taken).items():
+                targets.setdefault(file, answers) # an earlier path may have led to it, too
+            folders = dict.fromkeys(targets, _out_folder(_absolute(path), p.out)) | folders
         except (ValueError, OSError) as e:
             if len(paths) == 1:
                 raise
-            there = Path(path).expanduser().resolve()
-            failed[there] = str(e).removeprefix(f'{there} ')
-    return targets, failed
+            failed[_absolute(path)] = str(e).removeprefix(f'{_absolute(path)} ')
+    return targets, folders, failed
 
 def _suffixes(p): # of the names of a photograph's results
     seeds = range(p.seed, p.seed + p.samples)
@@ -282,10 +300,11 @@ def _suffixes(p): # of the names of a photograph's results
     return (*numbers, '-compare') if p.compare else tuple(numbers)
 
 # %% ../nbs/65_colorize.ipynb #49a0f08d
-def _colorize_all(found, targets, p, report): # fills found
+def _colorize_all(found, targets, folders, p, report): # fills found
     photographs = {_disk_id(file) for file in targets}
     for file, answers in ProgressBar(targets.items(), desc='colorizing', disable=len(targets) < 2):
         try:
+            _make_results_folder(folders[file])
             _colorize_file(found, file, answers, photographs, p)
             found.done[file], reason = answers, ''
         except Exception as e: # whatever stops this photograph must not stop the others

@@ -95,6 +95,13 @@ def test_the_page_colorizes_as_the_command_does_to_the_bit(uploads, opened, tmp_
     assert "<p>3 photographs colorized.</p>" in describe_uploads(found) and "broken.png" in describe_uploads(found)
 
 
+def test_a_caution_is_on_the_page(uploads, tmp_path, monkeypatch):
+    run = Run(tmp_path, dict(made=dict(caution="It was trained with 9 photographs.")))
+    monkeypatch.setattr(faic.colorize, "open_run_colorizer", lambda *arguments: colorizer(run))
+    found = colorize_uploads(copy_uploads(uploads[:1], tmp_path / "copies"), tmp_path / "out")
+    assert "<p>It was trained with 9 photographs.</p>" in describe_uploads(found)
+
+
 def test_several_results_are_a_zip_and_one_is_itself(uploads, opened, tmp_path):
     found = colorize_uploads(copy_uploads(uploads, tmp_path / "copies"), tmp_path / "out")
     with zipfile.ZipFile(bundle_results(found.results(), tmp_path)) as bundle:

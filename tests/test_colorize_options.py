@@ -18,6 +18,7 @@ from faic.colorizer import RunColorizer, choose_run
 from faic.core import RESULT_SOFTWARE, write_json
 from faic.full_size import UPSAMPLING, colorize_photo, scale_chroma, upsample_chroma
 from faic.parameters import ParameterError
+from faic.runs import Run
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,24 @@ def test_equal_answers_are_explained(photo, opened, monkeypatch):
     assert "random" not in run_colorize(str(photo)).summary()
 
 
+def test_a_damaged_answer_is_made_again_and_no_other(photo, opened):
+    targets = only(run_colorize(str(photo), samples=2))
+    before = [t.read_bytes() for t in targets]
+    for damaged in (before[0][:-40], before[0][:-60] + bytes(60)):
+        targets[0].write_bytes(damaged)
+        kept = targets[1].stat().st_mtime_ns
+        assert only(run_colorize(str(photo), samples=2)) == targets
+        assert [t.read_bytes() for t in targets] == before and targets[1].stat().st_mtime_ns == kept
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(photo, opened, monkeypatch):
+    folder, partials = photo.parent.with_name(f"{photo.parent.name}-colorized"), []
+    monkeypatch.setattr(faic.colorize.platform, "node", lambda: "container-7")
+    monkeypatch.setattr(faic.colorize.os, "fsync", lambda file: partials.extend(folder.glob(".*.part")))
+    (target,) = only(run_colorize(str(photo)))
+    assert len(partials) == 1 and "container-7" in partials[0].name and not partials[0].exists() and target.exists()
+
+
 def test_a_lost_answer_is_made_again_and_no_other(photo, opened):
     targets = only(run_colorize(str(photo), samples=2, compare=True))
     before = {t: (t.read_bytes(), t.stat().st_mtime_ns) for t in targets}
@@ -174,6 +193,56 @@ def test_many_inputs_at_once(photo, opened, tmp_path):
     assert "4 colorized, 1 failed" in found.summary() and "none.jpg: does not exist" in found.summary()
     again = run_colorize([str(path) for path in inputs], out=str(tmp_path / "out"))
     assert again.done == found.done
+
+
+def test_the_order_of_the_inputs_is_kept(photo, opened, tmp_path):
+    files = [tmp_path / "in" / f"{name}.png" for name in (2, 3, 1)]
+    files[0].parent.mkdir()
+    for i, file in enumerate(files):
+        Image.new("L", (9, 9), i).save(file)
+    order = []
+    run_colorize([*map(str, files[:2]), str(tmp_path / "in")], report=lambda file, *rest: order.append(file))
+    assert order == files
+
+
+def test_folders_of_results_are_made_where_needed(photo, opened, tmp_path, monkeypatch):
+    """Not for photographs that belong to an earlier input, and not if there is no such model."""
+    (tmp_path / "album" / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Image.new("L", (9, 9)).save(tmp_path / "album" / name)
+    found = run_colorize([str(tmp_path / "album"), str(tmp_path / "album" / "sub")])
+    assert len(found.done) == 2 and not (tmp_path / "album" / "sub-colorized").exists()
+    assert [f.parent for f in tmp_path.rglob(".faic-results")] == [
+        tmp_path / "album-colorized",
+        tmp_path / "album-colorized" / "sub",
+    ]
+    monkeypatch.undo()
+    monkeypatch.setenv("FAIC_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match="run 'vgg' is no run folder"):
+        run_colorize(str(photo), model="vgg", out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_caution_accompanies_the_answers(photo, monkeypatch):
+    run = Run(photo.parent, dict(made=dict(caution="It was trained with 9 photographs.")))
+    made = RunColorizer(run, 1, paint, 32, "lab", CPU, dict(run="a run"))
+    monkeypatch.setattr(faic.colorize, "open_run_colorizer", lambda *arguments: made)
+    assert "It was trained with 9 photographs." in CliRunner().invoke(main, ["colorize", str(photo)]).stderr
+
+
+def test_a_linked_photograph_has_its_result_beside_the_link(photo, opened, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "mother.jpg").symlink_to(photo)
+    (target,) = only(run_colorize(str(work / "mother.jpg")))
+    assert target == tmp_path / "work-colorized" / "mother.png"
+    original = photo.with_suffix(".png")
+    Image.open(photo).save(original)
+    before = original.read_bytes()
+    (work / "grandmother.jpg").symlink_to(original)
+    with pytest.raises(ValueError, match="is a photograph, which no result replaces"):
+        run_colorize(str(work / "grandmother.jpg"), out=str(photo.parent), overwrite=True)
+    assert original.read_bytes() == before
 
 
 def test_a_result_is_never_a_photograph_of_another_input(photo, opened, tmp_path):
