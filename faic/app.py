@@ -55,10 +55,21 @@ def copy_uploads(
     "Copy uploads under their owner's names."
     copies, folder = [], folder.resolve()
     for i, (file, name) in enumerate(uploads):
-        copy = folder/str(i)/(Path(name.replace('\\', '/')).name or f'photograph-{i}')
+        copy = folder/str(i)/(_file_name(name) or f'photograph-{i}')
         copy.parent.mkdir(parents=True)
-        copies.append(shutil.copyfile(file, copy))
+        with suppress(OSError): # an upload that is lost costs the others nothing
+            shutil.copyfile(file, copy)
+        copies.append(copy)
     return copies
+
+_STEM = 160 # bytes: names of results are longer, and a disk takes 255
+
+def _file_name(name): # '' where a name from outside is none
+    path = Path(name.replace('\\', '/').replace('\0', ''))
+    stem = path.stem.encode(errors='replace')
+    if not stem.strip(b'.'):
+        return ''
+    return stem[:_STEM].decode(errors='ignore') + path.suffix.encode(errors='replace')[:16].decode(errors='ignore')
 
 def colorize_uploads(
     files:list, # of paths, see `copy_uploads`

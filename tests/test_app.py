@@ -135,6 +135,21 @@ def test_a_name_from_outside_is_text(uploads, tmp_path, name):
     assert "<img" not in text and "<b><b>" not in text
 
 
+LONG = "\u8272" * 100  # 300 bytes
+
+
+@pytest.mark.parametrize(
+    "name", [f"{LONG}.jpg", LONG, "..", "a/..", "a\0b.png", "\ud800.png", "a." + "b" * 300]
+)
+def test_no_name_of_an_upload_costs_the_others(uploads, opened, tmp_path, name):
+    """Too long for a disk, no name of a file, a zero byte, half of a character; and an upload that is lost."""
+    files = copy_uploads([(uploads[0][0], name), (str(tmp_path / "lost"), "lost.png"), uploads[1]], tmp_path / "copies")
+    found = colorize_uploads(files, tmp_path / "out", samples=2, compare=True)
+    assert [file.parent.name for file in found.made] == ["0", "2"] and list(found.reasons) == ["lost.png"]
+    if name.endswith(".jpg"):
+        assert files[0].name.startswith(LONG[:50]) and files[0].suffix == ".jpg"
+
+
 # which one is real?
 
 
