@@ -26,6 +26,14 @@ def _checked(check): # a check of faic.parameters -> callback of click
             raise click.BadParameter(str(e)) from e
     return callback
 
+def _parameters_except(*names): # callback of click for -p: the command passes these itself
+    def callback(context, option, value):
+        wrong = [name for name, _ in value if name in names]
+        if wrong:
+            raise click.BadParameter(f'{", ".join(wrong)}: no such parameter of an architecture')
+        return value
+    return callback
+
 def _with(*options): # one decorator of several
     def decorate(command):
         for option in reversed(options):
@@ -189,8 +197,9 @@ def budgets(preset, hours):
 @click.option('--frame', default='whole', show_default=True, type=click.Choice(['whole', 'square']),
               help="All of the photograph at its own size, or its central square at the model's size.")
 @click.option('--device', default='auto', show_default=True, help='auto, cpu, cuda, cuda:1')
-@click.option('--overwrite', is_flag=True, help='Replace results of FAIC that are there; no other file is ever replaced.')
+@click.option('--overwrite', is_flag=True, help='Replace results of FAIC that are there, and no other file.')
 @click.option('-p', '--parameter', 'parameters', nargs=2, multiple=True, metavar='NAME VALUE',
+              callback=_parameters_except('photo', 'report'),
               help="A parameter of the architecture, e.g. 'temperature 0.5'; may be repeated.")
 def colorize(photo, parameters, **given):
     """Colorize photographs, and all those in folders, with a trained model.
@@ -249,6 +258,7 @@ def app(host, port, browser, **source):
 @click.argument('model')
 @click.argument('file')
 @click.option('-p', '--parameter', 'parameters', nargs=2, multiple=True, metavar='NAME VALUE',
+              callback=_parameters_except('model', 'file'),
               help="A parameter of the architecture, e.g. 'batch_norm running'; may be repeated.")
 def export(model, file, parameters):
     """Write a trained model as an ONNX file, checked against PyTorch.

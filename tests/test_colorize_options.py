@@ -283,6 +283,9 @@ def test_the_command(photo, opened, tmp_path):
         assert faic(*words, *([photo] if words else [])).exit_code == 2
     wrong = faic(photo, "-p", "temprature", 1)
     assert wrong.exit_code == 1 and "temprature: no such parameter" in wrong.stderr
+    for name in ("photo", "report"):
+        wrong = faic(photo, "-p", name, "x")
+        assert wrong.exit_code == 2 and f"{name}: no such parameter of an architecture" in wrong.stderr
     assert faic(photo, "-p", "temperature", "0.5", "-o", tmp_path / "third").exit_code == 0
     defaults = {o.name: o.default for o in command.params}
     assert defaults["upsampling"] == UPSAMPLING[0], "the command states it without importing torch"
