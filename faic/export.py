@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'TOLERANCE', 'GRAY_MEANINGS', 'NUMBER_MEANINGS', 'Recorde
            'run_export', 'export_colorizer']
 
 # %% ../nbs/68_export.ipynb #835434bb
-import json, logging, os, warnings
+import json, logging, os, platform, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -226,10 +226,12 @@ def _describe_inputs(program, gray_kind, kinds): # name -> shape and meaning
 # %% ../nbs/68_export.ipynb #112ad940
 def _write_checked(program, colorize, side, target): # -> the largest difference
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'.faic-{os.getpid()}.part')
+    partial = target.with_name(f'.faic-{platform.node()}-{os.getpid()}.part')
     counts = (1,) if isinstance(program.model.graph.inputs[0].shape[0], int) else (1, 3)
     try:
         program.save(partial, external_data=False)
+        with open(partial, 'rb+') as f:
+            os.fsync(f.fileno()) # before it gets its name
         difference = max(largest_difference(partial, colorize, probe_images(n, side)) for n in counts)
         if not difference <= TOLERANCE:
             raise ValueError(f'ONNX Runtime differs from PyTorch by {difference:.1g}, expected at most {TOLERANCE:g}; '

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,19 @@ def test_a_file_that_is_there_stays(tmp_path, taken):
     assert list(tmp_path.iterdir()) == [file] and (taken != "file" or file.read_text() == "precious")
     with pytest.raises(ValueError, match=r"ends in .onnx, got '.*model.pth'"):
         run_export("pix2pix", tmp_path / "model.pth")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its partial name differs between two machines that share a folder and a PID."""
+    shape = SimpleNamespace(inputs=[SimpleNamespace(shape=[1])])
+    program = SimpleNamespace(model=SimpleNamespace(graph=shape), save=lambda file, **options: file.write_text("model"))
+    partials, target = [], tmp_path / "model.onnx"
+    monkeypatch.setattr(faic.export, "largest_difference", lambda *arguments: 0.0)
+    monkeypatch.setattr(faic.export.platform, "node", lambda: "container-7")
+    monkeypatch.setattr(faic.export.os, "fsync", lambda file: partials.extend(tmp_path.iterdir()))
+    faic.export._write_checked(program, None, 8, target)
+    assert len(partials) == 1 and "container-7" in partials[0].name
+    assert list(tmp_path.iterdir()) == [target] and target.read_text() == "model"
 
 
 @pytest.mark.slow
