@@ -82,7 +82,7 @@ def _complaint(factory, file): # what a decoder says about a file that it does n
     return 'damaged header'
 
 # %% ../nbs/04_image_files.ipynb #1f040107
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning) # its error remains
 
 # %% ../nbs/04_image_files.ipynb #1f040008
 _SUBFILE, _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 254, 258, 262, 284, 339, 340, 341 # TIFF
@@ -94,7 +94,7 @@ def _tiff_tag(image, tag, default): # its first number
     return value if isinstance(value, (int, float)) else default
 
 def _refuse_thumbnail(image): # a TIFF file, opened
-    if int(_tiff_tag(image, _SUBFILE, 0)) & 1: # a reduced copy of another picture in the file
+    if _tiff_tag(image, _SUBFILE, 0) % 2 == 1: # a reduced copy of another picture in the file
         raise UnsupportedImage('begins with a thumbnail, as a raw camera file does; convert it to TIFF or JPEG first')
 
 def _describe_samples(file): # of a TIFF file that Pillow does not open
