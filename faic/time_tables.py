@@ -50,13 +50,14 @@ def _summed_row(rows): # stages at one precision and batch size -> the row of an
     return row | dict(stage='colorize', times=1)
 
 # %% ../nbs/53_time_tables.ipynb #9ea96d06
-def _timings(selection): # model -> its timed stages, added up where the paper has one time for the model
-    paper, timings = PAPER_TABLES['Table IV']['hours'], {}
+def _timings(selection): # model -> its timed stages, added up unless the paper times the model stage by stage
+    listed = {model for model, stage in PAPER_TABLES['Table IV']['hours'] if stage != 'colorize'}
+    timings = {}
     for model in (*all_models(selection), *extra_models(selection)):
         run = selection.find('inference', model)
         if run:
-            timed, kind_of = run.metrics(), model.split(':')[0]
-            summed = (kind_of, 'colorize') in paper and _in_stages(timed)
+            timed = run.metrics()
+            summed = model not in listed and _in_stages(timed)
             timings[model] = _sum_stages(timed) if summed else timed
     return timings
 
@@ -170,8 +171,8 @@ def sizes_table(
     frame = pd.DataFrame(rows)
     notes = ["Parameters: of the network that colorizes. The discriminators of a GAN and of a VQGAN are needed for "
              'training only and are not counted.',
-             "GFLOP: of a whole answer. BBDM's has all of its sampling steps and, in latents, the VQGAN's encoder and "
-             'decoder.', *caution(selection)]
+             "GFLOP: of a whole answer, with all sampling steps and, in latents, the VQGAN's encoder and decoder. "
+             "ColTran's upsamplers have columns of their own.", *caution(selection)]
     title, view = "What was compared: the networks at this preset's size", pd.DataFrame(lines, index=frame['entry']).T
     return Table(title, frame, view, notes, provenance_line(selection))
 
