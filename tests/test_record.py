@@ -159,6 +159,36 @@ def test_the_record_names_the_first_day_that_reaches_the_target(folder, flop):
     for phrase in ("fingerprint f00dfacade", "70.50: that of Pix2Pix after day 3, mean of 2 seeds", "To add a row"):
         assert phrase in text, phrase
     assert "other" not in " ".join(rows["run"])
+    assert table.view.loc["1. ColTran, default", "FID"] == "70.50 [68.39, 72.61]"
+
+
+def test_released_weights_have_no_place_in_the_record(folder, flop):
+    selection = study(folder)
+    place(folder, "bbdm", [50.0], variant="released", digits="aaaaaa")
+    place(folder, "bbdm", [50.0], variant="pretrained", digits="bbbbbb")
+    place(folder, "bbdm", [np.nan], digits="cccccc", budget="50 steps")
+    assert len(record_table(selection).view) == 4
+
+
+def test_the_record_counts_only_days_that_all_seeds_have(folder, flop):
+    """The mean of the first two seeds after day 3 is far lower than that of all three after day 2."""
+    for seed, fids in enumerate(([80.0, 70.0, 60.0], [80.0, 70.0, 60.0], [130.0, 100.0])):
+        place(folder, "pix2pix", fids, seed, budget="150 steps")
+    selection = select_runs("smoke", "invented", 0, {"phase2": "150 steps"}, seeds=3)
+    target = record_target(selection)
+    assert (target.value, target.day, target.seeds) == (80.0, 2, 3)
+    table = record_table(selection)
+    assert table.view.loc["1. Pix2Pix, default", ["time", "day"]].tolist() == ["2.0 core-minutes", "2"]
+    assert "after day 2, mean of 3 seeds" in table.notes[0]
+
+
+def test_no_record_where_the_gray_image_reaches_the_target(folder, flop):
+    study(folder)
+    place(folder, "baseline", [70.0], variant="gray", digits="gray")
+    table = record_table(select_runs("smoke", "invented", 0, {"phase2": "150 steps"}, seeds=2))
+    assert table.view.empty and table.frame.empty
+    assert "the gray image has FID (EfficientNet-Lite0) 70.00" in table.notes[0]
+    assert "whole days" in table.markdown()
 
 
 def test_curves_and_table_of_costs(folder, flop):
