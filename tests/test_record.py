@@ -196,10 +196,10 @@ def test_curves_and_table_of_costs(folder, flop):
     frame = costs_table(selection).frame.set_index("entry")
     assert frame.loc["Pix2Pix, day 2", ["photographs", "seconds", "flop", FID]].tolist() == [400, 60, 2800, 76]
     fig = figure_costs(selection)
-    lines = {ax.get_xlabel(): ax.get_lines()[0].get_xdata().tolist() for ax in fig.axes[:3]}
+    lines = {ax.get_xlabel(): ax.get_lines()[0].get_xdata().tolist() for ax in fig.axes[:4]}
     assert list(lines) == list(COST_AXES.values())
-    assert list(lines.values()) == [[1, 2, 3], [200, 400, 600], [1400, 2800, 4200]]
-    assert [ax.get_xscale() for ax in fig.axes[:3]] == ["linear", "log", "log"]
+    assert list(lines.values()) == [[30, 60, 90], [200, 400, 600], [1400, 2800, 4200], [1, 2, 3]]
+    assert [ax.get_xscale() for ax in fig.axes[:4]] == ["log", "log", "log", "linear"]
 
 
 def test_the_sheet_is_one_page_with_the_same_bytes(folder, flop, tmp_path):
