@@ -19,9 +19,9 @@ from .batches import ordered_batches
 from .color import lab_to_rgb, to_uint8, transfer_lightness, unscale_lab
 from .core import ProgressBar, file_lock, get_rank, get_world_size, make_generator, runs_dir, short_hash, write_bytes
 from .distributed import all_gather_object, one_rank_first
-from .intervals import summarize
+from .intervals import bootstrap_interval, summarize
 from .judges import SAMPLED_PHOTOS, SAMPLES_EACH, compare_samples, judge_scores, sample_columns
-from .metrics import image_scores
+from .metrics import colorfulness, column_name, image_scores
 from .photos import Photos
 from .train import out_of_memory
 
@@ -272,10 +272,15 @@ def evaluate_real(
     device=torch.device('cpu'),
     seed:int=0, # of the intervals
 )->dict: # row for metrics.csv
-    "Score the photographs themselves against the other split's."
+    "Score the photographs themselves against the other split's, and measure their colorfulness."
     real = features_of(photos, split, feature_net, device)
     other = features_of(photos, REFERENCE_SPLIT[split], feature_net, device)
-    return dict(split=split) | summarize(None, real, None, other, feature_net.network_name, seed)
+    row = dict(split=split) | summarize(None, real, None, other, feature_net.network_name, seed)
+    values = np.concatenate([colorfulness(batch['rgb']).cpu().numpy()
+                             for batch in ordered_batches(photos, split, batch_size=50, device=device)])
+    for end, value in zip(('', 'low', 'high'), bootstrap_interval(values, seed)):
+        row[column_name('colorfulness', feature_net.network_name, end)] = float(value)
+    return row
 
 # %% ../nbs/43_evaluate.ipynb #18f94e17
 def reconstruction(
