@@ -205,14 +205,20 @@ def fewer_seeds(selection:RunSelection, phase:str, models)->list: # a sentence, 
     return [f"Fewer seeds than others: {'; '.join(short)}."] if short else []
 
 # %% ../nbs/50_notes.ipynb #6054ce14
-def bias_note(frame:pd.DataFrame)->str: # of a score table; '' where nothing was scored
+_BIAS = (' With n below the dimension FID is biased upwards, the more the smaller n. The bias differs between models, '
+         'too: it is larger for models that sample their colors. KID has no such bias: read it next to FID.')
+
+def bias_note(
+    frame:pd.DataFrame, # of a score table
+    dimensions:dict={}, # feature network -> dimension of its features; {}: that of the frame
+)->str: # '' where nothing was scored
     "Give n and the dimension behind FID, and what follows from them."
     if 'n' not in frame or frame['n'].isna().all():
         return ''
-    n, dimension = int(frame['n'].max()), int(frame['dimension'].max())
-    bias = '; with n below the dimension FID is biased upwards, the more the smaller n (KID is not)'
-    return (f"FID: n = {n} images in {dimension} dimensions{bias if n < dimension else ''}. "
-            'Compare only with the same n and the same network.')
+    n, own = int(frame['n'].max()), int(frame['dimension'].max())
+    named = ' and '.join(f'{dimension} ({network})' for network, dimension in dimensions.items()) or own
+    bias = _BIAS if n < max(dimensions.values(), default=own) else ''
+    return f'FID: n = {n} images in {named} dimensions.{bias} Compare only with the same n and the same network.'
 
 # %% ../nbs/50_notes.ipynb #50a1000e
 def collapse_notes(selection:RunSelection)->list: # of (phase, model, sentence)
