@@ -36,7 +36,7 @@ from .resume import load_weights
 from .results import free_figure, results_folder, save_drawing
 from .runs import Run, primary_rows, read_runs
 from .selection import last_day, model_key, model_name, newest_run
-from .tables import BASELINES, Entry, Table, save_table, score_view
+from .tables import BASELINES, Entry, Table, format_value, save_table, score_view
 
 # %% ../nbs/58_failures.ipynb #58a10005
 @dataclass(frozen=True)
@@ -190,23 +190,35 @@ def untrained_table(
 
 # %% ../nbs/58_failures.ipynb #58a1000c
 def learning_sentences(
-    fid:pd.Series, # by entry of the untrained table
+    scores:pd.DataFrame, # the untrained table's, by entry
+    fid:str, # column of FID; its interval is in the columns with ' low' and ' high'
     names, # of the models
 )->list: # of sentences
-    "State which models have a lower FID than the gray image and than their untrained selves."
-    sentences = []
+    "State which models have a lower FID than the gray image and than their untrained selves, beyond the intervals."
+    sentences, known = [], scores[scores[fid].notna()].to_dict('index')
     for name in names:
         for words, end in (('', ''), (" with the photograph's lightness", ', lightness photograph')):
-            if name + end not in fid:
-                continue
-            own = fid[name + end]
-            others = {'the gray image': fid[BASELINES['gray']], 'its untrained self': fid[f'{name}, untrained{end}']}
-            better = ' and '.join(f'{other} ({value:.1f})' for other, value in others.items() if own < value)
-            worse = ' and '.join(f'{other} ({value:.1f})' for other, value in others.items() if own >= value)
-            parts = [f'better than {better}'] if better else []
-            parts += [f'not better than {worse}'] if worse else []
-            sentences.append(f"{name}{words}, FID {own:.1f}: {'; '.join(parts)}.")
+            others = {BASELINES['gray']: 'the gray image', f'{name}, untrained{end}': 'its untrained self'}
+            others = {title: known[entry] for entry, title in others.items() if entry in known}
+            if name + end in known and others:
+                own = known[name + end]
+                shown = format_value(own, fid, '.1f')
+                sentences.append(f'{name}{words}, FID {shown}: {_comparison(own, others, fid)}.')
     return sentences
+
+def _comparison(own, others, fid): # 'better than ... and ...; not decided against ...'
+    phrases = {}
+    for title, other in others.items():
+        phrase = _how_compared(own, other, fid)
+        phrases.setdefault(phrase, []).append(f"{title} ({format_value(other, fid, '.1f')})")
+    return '; '.join(f"{phrase} {' and '.join(titles)}" for phrase, titles in phrases.items())
+
+def _how_compared(own, other, fid): # by intervals; without one nothing is decided
+    if own[f'{fid} high'] < other[f'{fid} low']:
+        return 'better than'
+    if own[f'{fid} low'] > other[f'{fid} high']:
+        return 'worse than'
+    return 'not decided against'
 
 # %% ../nbs/58_failures.ipynb #58a1000f
 def fixed_share(ab:Tensor)->float: # (n,2,H,W); 0 for gray images, which have no color to share
