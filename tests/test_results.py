@@ -22,10 +22,10 @@ from faic.metrics import METRICS, column_name
 from faic.paper import PAPER_TABLES
 from faic.presets import ARCHITECTURES
 from faic.runs import open_run, read_runs, sample_file
-from faic.score_tables import phase2_table, training_table, variants_table
+from faic.score_tables import SIGNED, judges_table, phase2_table, training_table, variants_table
 from faic.selection import RunSelection, model_components, select_runs, winner_of
-from faic.time_tables import steps_table, times_table
-from faic.verdict import hypothesis_sentences, judge_hypothesis, model_seconds, verdict
+from faic.time_tables import sizes_table, steps_table, times_table
+from faic.verdict import answers_of, hypothesis_sentences, judge_hypothesis, model_seconds, verdict
 
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
@@ -381,6 +381,24 @@ def test_table4_adds_up_stages(folders):
     assert model_seconds(select_runs("smoke", "embedded", 0))["BBDM"][0] == 0.5
 
 
+def test_palette_is_timed_with_all_of_its_network_calls(folders):
+    """A model that the paper did not time, in stages: 1 + 10 + 1 calls make an answer."""
+    row = dict(images=16, side=8, batch_size=8, device="a test's abacus", sampling="sample_steps=10")
+    row |= dict(precision="float32", peak_share=0.5, cpu_seconds_per_image=0.03)
+    stages = (("noise", 1, 0.0, 0.001), ("U-Net step", 10, 3.6, 0.0324), ("color", 1, 0.0, 0.002))
+    rows = [
+        dict(row, stage=stage, times=times, gflop_per_image=gflop, seconds_per_image=seconds)
+        for stage, times, gflop, seconds in stages
+    ]
+    run("inference", "palette", None, rows)
+    selection = select_runs("smoke", "embedded", 0)
+    assert model_seconds(selection)["Palette"][0] == pytest.approx(0.327)
+    tables = {"table4": times_table, "table_phase2": phase2_table, "table_training": training_table}
+    answers = answers_of({name: make(selection).frame for name, make in tables.items()})
+    assert answers.seconds["Palette"] == pytest.approx(0.327)
+    assert sizes_table(selection, dict(palette=1000)).view.loc["GFLOP an image", "Palette"] == "36"
+
+
 def test_steps_curve(folders):
     baselines()
     options = dict(latent="f4", first_stage="own:1a2b3c", weights="phase2-bbdm-l2", day=5, eta=1.0)
@@ -669,6 +687,52 @@ def test_seeds_of_other_variants_or_samplings_are_not_averaged(folders):
         seeded("phase2", "pix2pix", variant, [80.0], seeds=[seed])
     with pytest.raises(ValueError, match="variant is default and batch32"):
         phase2_table(select_runs("smoke", "embedded", 0, seeds=2))
+
+
+JUDGED = {"agreement (EfficientNet-Lite2)": 0.5, "FID (EfficientNet-Lite2)": 60.0}  # measured after the last day alone
+
+
+def judged_runs(model, variant, days, seeds=(0,)):
+    """A model of phase 2 whose last day has the scores of a judge."""
+    for seed in seeds:
+        rows = [dict(day=day, lightness="photograph", **scores(80.0 - day)) for day in range(1, days + 1)]
+        rows[-1] |= JUDGED
+        run("phase2", model, variant, rows, seed=seed, budget="300 steps", train=dict(batch_size=4))
+
+
+def test_judges_show_each_model_on_its_last_judged_day(folders):
+    baselines()
+    judged_runs("pix2pix", "default", 5)
+    judged_runs("cgan", "default", 3)
+    table = judges_table(select_runs("smoke", "embedded", 0))
+    line = table.view.loc["agreement (EfficientNet-Lite2)"]
+    assert line[["Pix2Pix", "Conditional GAN", "ColTran"]].tolist() == ["50.0%", "50.0%", "not run"]
+    assert table.view.loc["day", ["Pix2Pix", "Conditional GAN"]].tolist() == ["5", "3"]
+    assert "The days differ, and with them the budgets: Pix2Pix 5, Conditional GAN 3." in table.markdown()
+    assert "after day" not in table.title
+    assert phase2_table(select_runs("smoke", "embedded", 0)).view.loc["day", "Pix2Pix"] == "3"
+
+
+def test_judges_explain_the_spread_over_seeds(folders):
+    baselines()
+    judged_runs("pix2pix", "default", 2, seeds=(0, 1))
+    table = judges_table(select_runs("smoke", "embedded", 0, seeds=2))
+    assert table.view.loc["FID (EfficientNet-Lite2)", "Pix2Pix"] == "60.0 ± 0.0 (2 seeds)"
+    assert any("the standard deviation over the seeds" in note for note in table.notes)
+    assert any("1280 (EfficientNet-Lite2) dimensions" in note for note in table.notes)
+    assert table.title.endswith("after day 2")
+
+
+@pytest.mark.parametrize("photographs, shown", [(10.0, "-2.5"), (5.0, "+2.5"), (np.nan, "n/a")])
+def test_colorfulness_minus_that_of_the_photographs_has_a_sign(folders, photographs, shown):
+    """Runs from before the photographs' own colorfulness was measured have no difference."""
+    row = dict(day=1, **scores(7.0, only=("unpaired FID", "IS"))) | dict(colorfulness=photographs)
+    run("phase2", "baseline", "real", [row])
+    judged_runs("pix2pix", "default", 1)
+    selection = select_runs("smoke", "embedded", 0)
+    assert judges_table(selection).view.loc[SIGNED, ["Pix2Pix", "ColTran"]].tolist() == [shown, "not run"]
+    known = "n/a" if np.isnan(photographs) else f"{photographs:.1f}"
+    assert phase2_table(selection).view.loc["colorfulness", "real photographs"] == known
 
 
 def test_the_phases_train_every_seed(folders, monkeypatch):
