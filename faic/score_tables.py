@@ -186,7 +186,7 @@ def _judge_columns(networks): # column of metrics.csv -> MetricSpec; of networks
 
 def _without_judges(entry, specs): # an entry that has none of the columns was not scored by the judges
     scored = any(pd.notna(entry.numbers.get(column, np.nan)) for column in specs)
-    return entry if scored else replace(entry, status='not run')
+    return entry if scored or entry.status == 'seed' else replace(entry, status='not run')
 
 def _judged_days(run, daily): # the days that a judge's network has scored
     rows = primary_rows(run)
