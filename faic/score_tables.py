@@ -227,6 +227,11 @@ def _fool_rate_notes(answers):
     yield ('Fool rate: the share of pairs in which people took the colorization for the photograph; at 50 % nobody '
            'can tell. Both pictures have the photograph\'s lightness, and at most 384 pixels a side. '
            f'Left out: {left_out} who missed attention checks or saw none.')
+    for run in sorted(answers['run'].unique()):
+        found = fool_rate(answers, [run])
+        if run.startswith('released ') and found.answers: # no run of this table
+            yield (f'{run.capitalize()} weights: fool rate {found.rate:.1%} [{found.low:.1%}, {found.high:.1%}], '
+                   f'{found.judges} people, {found.answers} answers.')
 
 # %% ../nbs/52_score_tables.ipynb #511e9d5c
 SIGNED = "colorfulness minus the photographs'" # column

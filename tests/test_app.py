@@ -410,6 +410,10 @@ def test_the_table_of_judges_has_the_fool_rate_when_there_are_answers(tmp_path, 
     assert table.view.loc["fool rate", "BBDM"] == "not run"
     assert table.frame.set_index("entry").loc["Pix2Pix", "fool rate high"] == pytest.approx(found.high)
     assert any("Left out: 0" in note for note in table.notes)
+    for answer in people("a", 0.25, 1, np.random.default_rng(1), run="released classifier"):
+        store_answer(tmp_path / "answers", answer)
+    notes = judges_table(selection).notes
+    assert any(note.startswith("Released classifier weights: fool rate") and "1 people, 60" in note for note in notes)
 
 
 # the command and the notebook
