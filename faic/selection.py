@@ -389,8 +389,9 @@ def _winner_in_space(runs, model, preset, photos, budget, space): # None where v
         compared += newest_scored([r for r in found if all(r.options.get(k) == v for k, v in wanted.items())])
     return choose_winner(compared)
 
-def _describe_score(winner): # 'FID (...) 70.00 against default 80.00 (a lead beyond the intervals)'
-    others = [f'{variant} {value:.2f}' for variant, value in winner.compared.items() if variant != winner.variant]
+def _describe_score(winner): # 'FID (...) 70.00 against default 80.00 (leads on these photographs; ...)'
+    others = [f'{variant} without an FID' if value is None else f'{variant} {value:.2f}'
+              for variant, value in winner.compared.items() if variant != winner.variant]
     return f"{winner.metric} {winner.value:.2f} against {', '.join(others)} ({describe_lead(winner)})"
 
 def _why_not_compared(runs, model, budget):

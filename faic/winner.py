@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .core import is_main_process, write_json
-from .intervals import INTERVALS, SEEDS_INTERVAL, aggregate_seeds
+from .intervals import INTERVALS, LEVEL, SEEDS_INTERVAL, aggregate_seeds, lead_p_values
 from .metrics import column_name
 from .runs import Run, primary_rows, read_runs, strip_hashes
 
@@ -79,7 +79,7 @@ class Winner:
     value:float # the winner's; of several seeds the mean
     low:float # of the winner's interval; None where it has none
     high:float
-    decided:bool # True: it leads beyond the intervals; None: an interval is missing
+    decided:bool # True: it leads; None: an interval is missing, or a variant has one seed and others several
     interval:str # the method behind the intervals
     compared:dict # variant -> value, the winner first
     seeds:dict # variant -> list of seeds, the winner first
@@ -88,7 +88,7 @@ class Winner:
 def select_winner(
     runs:list, # of Run, of phase 1 and one model: one per variant and seed, alike in everything else
     network_name:str, # the feature network's
-)->Winner: # None where fewer than two variants were scored
+)->Winner: # None where fewer than two variants were scored, or none has an FID
     "Choose the variant with the lowest FID, or the lowest mean FID of several seeds."
     column = column_name('FID', network_name)
     by_variant = _runs_by_variant(runs, column)
@@ -99,13 +99,18 @@ def select_winner(
     for variant, same in by_variant.items():
         days = daily_seed_means(same) if several else primary_rows(same[0])
         scores[variant] = days.iloc[-1]
-    ranked = sorted(scores, key=lambda variant: scores[variant][column])
+    ranked = sorted(scores, key=lambda variant: _number(scores[variant][column], np.inf))
     best = scores[ranked[0]]
+    if np.isnan(best[column]): # of all
+        return None
+    decided = _leads(best, [scores[variant] for variant in ranked[1:]], column)
+    if several:
+        decided = _leads_over_seeds({v: _last_values(by_variant[v], column) for v in ranked}, ranked[0])
     return Winner(variant=ranked[0], metric=column, value=float(best[column]),
                   low=_number(best[f'{column} low']), high=_number(best[f'{column} high']),
-                  decided=_leads(best, [scores[variant] for variant in ranked[1:]], column),
+                  decided=decided,
                   interval=SEEDS_INTERVAL if several else INTERVALS['FID'],
-                  compared={variant: float(scores[variant][column]) for variant in ranked},
+                  compared={variant: _number(scores[variant][column]) for variant in ranked},
                   seeds={variant: [run.options['seed'] for run in by_variant[variant]] for variant in ranked})
 
 # %% ../nbs/39_winner.ipynb #e2a5000f
@@ -123,8 +128,16 @@ def _leads(best, others, column): # does the winner's interval end before all ot
         return None
     return bool(high < min(lows))
 
-def _number(x): # None for nan, which JSON does not have
-    return None if np.isnan(x) else float(x)
+def _last_values(runs, column): # of the runs' last days
+    return [primary_rows(run).iloc[-1][column] for run in runs]
+
+def _leads_over_seeds(values, winner): # is it told apart from all others? None where one has a single seed
+    if min(map(len, values.values())) < 2:
+        return None
+    return max(lead_p_values(values, winner).values()) <= LEVEL
+
+def _number(x, missing=None): # `missing` for nan, which JSON does not have
+    return missing if np.isnan(x) else float(x)
 
 # %% ../nbs/39_winner.ipynb #e2a50014
 def name_seeds(
@@ -144,15 +157,16 @@ def seeds_compared(winner:Winner)->str: # 'over the seeds 0, 1'; by variant wher
 
 # %% ../nbs/39_winner.ipynb #e2a50015
 def describe_lead(winner:Winner)->str:
-    "Describe whether the winner leads; with several seeds also over which seeds and by which intervals."
-    several = winner.interval == SEEDS_INTERVAL
-    if winner.decided is None:
-        lead = f"too few {'seeds' if several else 'images'} for intervals: a choice, not a finding"
-    elif winner.decided:
-        lead = 'a lead beyond the intervals'
-    else:
-        lead = 'a lead within the intervals: a choice, not a finding'
-    return f'{lead}; {SEEDS_INTERVAL} {seeds_compared(winner)}' if several else lead
+    "Describe whether the winner leads: over its seeds, or with one seed on these photographs."
+    if winner.interval == SEEDS_INTERVAL:
+        return f"{_LEADS_OVER_SEEDS[winner.decided]}; {seeds_compared(winner)}"
+    return _LEADS_ON_PHOTOGRAPHS[winner.decided]
+
+_LEADS_OVER_SEEDS = {True: "a lead by Welch's test", None: 'too few seeds for a test: a choice, not a finding',
+                     False: "no lead by Welch's test: a choice, not a finding"}
+_LEADS_ON_PHOTOGRAPHS = {True: 'leads on these photographs; one training run each, other seeds may differ',
+                         None: 'an interval is missing: a choice, not a finding',
+                         False: 'a lead within the intervals: a choice, not a finding'}
 
 # %% ../nbs/39_winner.ipynb #256e278e
 def newest_scored(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -450,6 +451,20 @@ def test_skipped_runs_are_listed(folders):
     assert len(left) == 4
     counts = [sum(reason in n for n in left) for reason in ("fingerprint 0ddba1", "is newer", "not evaluated yet")]
     assert counts == [1, 2, 1]
+
+
+def test_a_variant_without_a_fid_never_wins(folders):
+    for variant, fid in (("default", 80.0), ("batch32", 70.0), ("beta1-0.7", np.nan)):
+        for seed in (0, 1):
+            run("phase1", "pix2pix", variant, [dict(day=1, **scores(fid + seed))], seed=seed, budget="60 steps")
+    for seeds in (1, 2):
+        winner = winner_of(select_runs("smoke", "embedded", 0, seeds=seeds), "pix2pix")
+        assert winner.variant == "batch32" and list(winner.compared)[-1] == "beta1-0.7"
+        assert winner.compared["beta1-0.7"] is None
+    for made in read_runs(phase="phase1", variant="batch32") + read_runs(phase="phase1", variant="default"):
+        shutil.rmtree(made.path)
+    run("phase1", "pix2pix", "default", [dict(day=1, **scores(np.nan))], budget="60 steps")
+    assert winner_of(select_runs("smoke", "embedded", 0), "pix2pix") is None
 
 
 @pytest.mark.parametrize("lower", [True, False])
