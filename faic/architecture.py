@@ -66,6 +66,7 @@ class Architecture:
     published:PublishedWeights=None # weights that others have trained
     training_only:tuple=() # names of networks that colorizing does not need, e.g. discriminators
     drawings:dict=field(default_factory=dict) # file name -> function of a `Sizes` that draws a figure of the networks
+    diffusion:bool=False # is it a diffusion model? The study's hypothesis is about these
     many_passes:str='' # why a result takes many forward passes, e.g. 'it draws ...'; '': one pass is enough
 
 # %% ../nbs/13_architecture.ipynb #31c59d89

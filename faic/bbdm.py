@@ -308,6 +308,7 @@ def _parameters(side, components):
 ARCHITECTURE = Architecture(
     name='bbdm',
     title='BBDM',
+    diffusion=True,
     paper=dict(
         side=256, load_side=256, flip=False,
         channels=128, channel_mult=[1, 4, 8], num_res_blocks=2, objective='grad', loss='l1',

@@ -206,7 +206,7 @@ def lead_p_values(
 
 def told_apart(
     p:dict, # rival -> p-value
-)->str: # 'told apart from A (p = 0.012), not from B (p = 0.34)'
+)->str: # 'told apart from A (p = 0.012), but not from B (p = 0.34)'
     "Name the rivals that are told apart from the leader, and those that are not."
     apart, rest = [], []
     for rival, value in p.items():
@@ -214,7 +214,7 @@ def told_apart(
         (apart if value <= LEVEL else rest).append(shown)
     phrases = [f"told apart from {' and '.join(apart)}"] if apart else []
     if rest:
-        phrases.append(f"not {'' if apart else 'told apart '}from {' and '.join(rest)}")
+        phrases.append(f"{'but not' if apart else 'not told apart'} from {' and '.join(rest)}")
     return ', '.join(phrases)
 
 # %% ../nbs/33_intervals.ipynb #5eed0005

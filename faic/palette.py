@@ -339,6 +339,7 @@ _SAHARIA_RECIPE = {name: SAHARIA[name] for name in ('attention_factors', 'init',
 ARCHITECTURE = Architecture(
     name='palette',
     title='Palette',
+    diffusion=True,
     paper=_PAPER,
     variants={'default': {}, 'l1': dict(loss='l1'), 'lr-1e-4': dict(lr=1e-4), 'saharia': _SAHARIA_RECIPE},
     make=make_palette,
@@ -352,6 +353,7 @@ ARCHITECTURE = Architecture(
 MODERN = Architecture(
     name='palette-modern',
     title='Palette, modern',
+    diffusion=True,
     paper=_PAPER | dict(target='chroma', chroma_scale=4., objective='v', min_snr=5., init='zero',
                         eval_weights='average'),
     variants={'default': {}, 'beta1-0.7': dict(beta1=.7), 'lr-1e-4': dict(lr=1e-4), 'x0': dict(objective='x0')},

@@ -276,8 +276,7 @@ def draw_report(
             add_table(page, _report_cells(table))
             page.text(answer_note(answers), 6.5, .15, color='.4')
             _report_curves(page, selection, answers)
-            leader = answers.scores.loc[answers.models, column_name('FID', answers.network_name)].idxmin()
-            _report_pictures(page, folder, next(m for m in all_models(selection) if model_name(m) == leader))
+            _report_pictures(page, folder, next(m for m in all_models(selection) if model_name(m) == answers.judged[0]))
         notes = [*COST_NOTES[:1], *caution(selection), free_credits(), provenance_line(selection)]
         page.text('\n'.join(notes), 5.5, color='.4')
     return page.fig

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .intervals import SEEDS_INTERVAL
+from .intervals import LEVEL, SEEDS_INTERVAL, lead_p_values, told_apart
 from .metrics import METRICS, column_name
 from .paper import HYPOTHESIS
 from .presets import ARCHITECTURES, DAYS
@@ -26,11 +26,21 @@ from .time_tables import stage_times
 # %% ../nbs/55_verdict.ipynb #f5d2de5a
 @dataclass(frozen=True)
 class Verdict:
-    "The best model by one measure, and whether the intervals decide it."
+    "The best model by one measure, and the rivals from which it is not told apart."
     by:str # the measure, e.g. 'FID (EfficientNet-Lite0)'
     sentence:str
-    leader:str # name of the model; None where no model has runs
-    decided:bool # do the intervals decide it?
+    leader:str=None # name of the model; None where no model was judged
+    rivals:tuple=() # names of the others that were judged
+    unclear:tuple=() # those of them from which the leader is not told apart
+
+    @property
+    def decided(self)->bool:
+        "Return whether the leader has rivals and is told apart from all of them."
+        return bool(self.rivals) and not self.unclear
+
+def _and(words): # 'A, B and C'
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 def _interval_text(score, spec): # (value, low, high)
     value, low, high = score
@@ -40,55 +50,76 @@ def _is_better(a, b, lower): # does a's whole interval lie on the better side of
     return bool(a[2] < b[1] if lower else a[1] > b[2])
 
 # %% ../nbs/55_verdict.ipynb #55a10001
+def _by_intervals(scores, leader, rivals, lower): # (rivals that are not told apart, the reason)
+    unclear = [name for name in rivals if not _is_better(scores[leader], scores[name], lower)]
+    if not unclear:
+        return (), ''
+    if np.isnan([scores[name][1:] for name in (leader, *unclear)]).any():
+        return unclear, ', but there is no interval to judge this by'
+    return unclear, f", but the leader's interval overlaps that of {_and(unclear)}"
+
+def _by_seeds(values, leader, rivals): # (rivals that are not told apart, the reason)
+    p = lead_p_values({name: values[name] for name in (leader, *rivals)}, leader)
+    return [name for name in rivals if p[name] > LEVEL], f'; {told_apart(p)}'
+
 def verdict(
     by:str, # 'FID (EfficientNet-Lite0)', 'time per image'
     scores:dict, # name -> (value, low, high); low and high may be nan
     lower:bool=True, # is lower better?
     spec:str='.4g', # format of the numbers
-    not_run=(), # names of models without runs
+    unjudged:dict=None, # reason -> names of models that are not judged, e.g. 'Not run' -> ['BBDM']
+    values:dict=None, # name -> values, one per seed; None: the intervals decide
+    best:str='is best', # what the sentence states of a leader that is told apart from all
 )->Verdict:
-    "Decide which model is best by one measure, if the intervals allow it."
-    rest = f" Not run: {', '.join(not_run)}." if not_run else ''
+    "Decide which model is best by one measure, if the seeds or the intervals allow it."
+    rest = ''.join(f" {reason}: {', '.join(names)}." for reason, names in (unjudged or {}).items() if names)
     if not scores:
-        return Verdict(by, f'By {by}: not decided, no model has runs.{rest}', None, False)
+        return Verdict(by, f'By {by}: not decided, no model was judged.{rest}')
     text = {name: _interval_text(score, spec) for name, score in scores.items()}
-    leader, *others = sorted(scores, key=lambda name: scores[name][0] if lower else -scores[name][0])
-    if not others:
-        return Verdict(by, f'By {by}: not decided, only {leader} has runs: {text[leader]}.{rest}', leader, False)
-    against = ' and '.join(f'{text[name]} ({name})' for name in others)
-    unclear = [name for name in others if not _is_better(scores[leader], scores[name], lower)]
-    if not unclear:
-        return Verdict(by, f'By {by}, {leader} is best: {text[leader]} against {against}.{rest}', leader, True)
-    if np.isnan([scores[name][1:] for name in (leader, *unclear)]).any():
-        why = 'there is no interval to judge this by'
-    else:
-        why = f"the leader's interval overlaps that of {' and '.join(unclear)}"
-    sentence = f'By {by}: not decided, {leader} leads with {text[leader]} against {against}, but {why}.{rest}'
-    return Verdict(by, sentence, leader, False)
+    leader, *rivals = sorted(scores, key=lambda name: scores[name][0] if lower else -scores[name][0])
+    if not rivals:
+        return Verdict(by, f'By {by}: not decided, only {leader} was judged: {text[leader]}.{rest}', leader)
+    unclear, why = _by_seeds(values, leader, rivals) if values else _by_intervals(scores, leader, rivals, lower)
+    against = f"{text[leader]} against {_and(f'{text[name]} ({name})' for name in rivals)}{why}.{rest}"
+    finding = f': not decided, {leader} leads with' if unclear else f', {leader} {best}:'
+    return Verdict(by, f'By {by}{finding} {against}', leader, tuple(rivals), tuple(unclear))
 
 # %% ../nbs/55_verdict.ipynb #fb25fa0d
+def _diffusion_leads(v, diffusion): # is a diffusion model best by this measure? None where that is open
+    is_diffusion = v.leader in diffusion
+    other_kind = [name for name in v.rivals if (name in diffusion) != is_diffusion]
+    return None if not other_kind or set(other_kind) & set(v.unclear) else is_diffusion
+
 def judge_hypothesis(
     quality:list, # verdicts by quality
     speed:Verdict,
-    champion:str, # the model that the hypothesis calls best
+    diffusion:list, # names of the diffusion models, which the hypothesis calls best
     not_run=(), # names of models without runs
 )->str:
     "State what the verdicts mean for the hypothesis."
     hypothesis, total = f'The hypothesis, "{HYPOTHESIS["text"]}", is', len(quality) + 1
-    if champion in not_run:
-        return f'{hypothesis} not decided: {champion} was not run.'
-    against = [v for v in quality if v.decided and v.leader != champion]
-    if speed.decided and speed.leader == champion:
-        against.append(speed)
+    if set(diffusion) <= set(not_run):
+        return f'{hypothesis} not decided: {_and(diffusion)} was not run.'
+    against = [v for v in quality if _diffusion_leads(v, diffusion) is False]
+    against += [speed] if _diffusion_leads(speed, diffusion) else []
     if against:
-        measures = ', '.join(f'{v.by} ({v.leader} is best)' for v in against)
+        measures = ', '.join(f'{v.by} ({v.leader} leads)' for v in against)
         return f'{hypothesis} contradicted by {len(against)} of {total} measures: {measures}.'
-    undecided = [v.by for v in (*quality, speed) if not v.decided]
+    undecided = [v.by for v in (*quality, speed) if _diffusion_leads(v, diffusion) is None]
     if undecided:
         return f"{hypothesis} not decided: no answer by {', '.join(undecided)}."
     if not_run:
-        return f"{hypothesis} not decided: it holds by all {total} measures, but {' and '.join(not_run)} was not run."
+        return f'{hypothesis} not decided: it holds by all {total} measures, but {_and(not_run)} was not run.'
     return f'{hypothesis} supported by all {total} measures.'
+
+def _leading_diffusion(quality, diffusion): # which of several diffusion models leads where one does
+    found = {}
+    for v in quality:
+        if v.leader in diffusion and v.rivals:
+            found.setdefault(v.leader, []).append(v.by)
+    if len(diffusion) < 2 or not found:
+        return ''
+    return f"Diffusion models that lead: {'; '.join(f'{name} by {_and(by)}' for name, by in found.items())}."
 
 # %% ../nbs/55_verdict.ipynb #55a10003
 def compare_with_gray(
@@ -127,36 +158,63 @@ def _score(row, name, network_name): # (value, low, high)
         return value, np.nan, np.nan
     return value, low, high
 
-def _quality_verdicts(selection, rows, network_name): # rows: name -> scores on the common day
-    names, verdicts = [model_name(m) for m in all_models(selection)], []
-    for metric in JUDGED_METRICS:
-        scores = {name: _score(row, metric, network_name) for name, row in rows.items()}
-        scores = {name: score for name, score in scores.items() if not np.isnan(score[0])}
-        by = column_name(metric, network_name) if network_name else metric
-        missing = [name for name in names if name not in scores]
-        spec = METRICS[metric]
-        verdicts.append(verdict(by, scores, spec.direction == 'lower', spec.format, missing))
-    return verdicts
+def _scores(rows, metric, network_name): # name -> (value, low, high), without models that have no value
+    scores = {name: _score(row, metric, network_name) for name, row in rows.items()}
+    return {name: score for name, score in scores.items() if not np.isnan(score[0])}
+
+def _seed_rows(selection, day): # name -> DataFrame, a row per seed; {} where the page has one seed
+    found = {}
+    for model in all_models(selection) if selection.other_seeds else ():
+        rows = [primary_rows(run).set_index('day').loc[day] for run in selection.runs_at('phase2', model)]
+        found[model_name(model)] = pd.DataFrame(rows)
+    return found
+
+# %% ../nbs/55_verdict.ipynb #55c10001
+def _single_texts(single, judged, lower, spec): # names with values; a remark where one is better than all `judged`
+    texts = []
+    for name, (value, *_) in single.items():
+        behind = judged and all(value < other if lower else value > other for other, *_ in judged.values())
+        texts.append(f'{name} {value:{spec}}' + (' (better than all that were judged)' if behind else ''))
+    return texts
+
+def _judge_metric(metric, rows, seed_rows, names, network_name): # rows: name -> scores on the common day
+    spec, by = METRICS[metric], column_name(metric, network_name) if network_name else metric
+    lower, scores = spec.direction == 'lower', _scores(rows, metric, network_name)
+    values = {name: seed_rows[name][by].tolist() for name in scores} if seed_rows else None
+    single = {name: score for name, score in scores.items() if values and len(values[name]) < 2}
+    judged = {name: score for name, score in scores.items() if name not in single}
+    unjudged = {'Not run': [name for name in names if name not in rows],
+                'No value': [name for name in rows if name not in scores],
+                'One seed only, not judged': _single_texts(single, judged, lower, spec.format)}
+    best = 'is best' if seed_rows else 'leads on these photographs'
+    return verdict(by, judged, lower, spec.format, unjudged, values, best)
 
 # %% ../nbs/55_verdict.ipynb #55a10004
 def hypothesis_sentences(selection:RunSelection)->list: # of sentences
     "Answer the question of the study, measure by measure; the conclusion comes first."
     check_one_preset(selection)
     network_name, day, models = selection_network(selection), common_day(selection), all_models(selection)
+    names, times = [model_name(m) for m in models], model_seconds(selection)
     rows = {model_name(m): daily_scores(selection, 'phase2', m).set_index('day').loc[day]
             for m in models if selection.find('phase2', m)}
-    quality, times = _quality_verdicts(selection, rows, network_name), model_seconds(selection)
-    names = [model_name(m) for m in models]
-    not_timed = [n for n in names if n not in times]
-    speed = verdict('time, in seconds an image', times, spec='.4f', not_run=not_timed)
-    not_run = [n for n in names if n not in rows]
-    conclusion = judge_hypothesis(quality, speed, model_name(HYPOTHESIS['model']), not_run)
-    sentences = [conclusion, *(v.sentence for v in (*quality, speed))]
-    sentences += _gray_sentences(selection, rows, network_name)
-    if selection.other_seeds:
-        sentences.append(f'In brackets: of models the {SEEDS_INTERVAL} over {seeds_text(selection)}; of the gray '
-                         'image, as in the tables, an interval over its photographs.')
-    return sentences
+    seed_rows = _seed_rows(selection, day)
+    quality = [_judge_metric(metric, rows, seed_rows, names, network_name) for metric in JUDGED_METRICS]
+    speed = verdict('time, in seconds an image', times, spec='.4f',
+                    unjudged={'Not timed': [name for name in names if name not in times]})
+    diffusion = [model_name(m) for m in models if ARCHITECTURES[m].diffusion]
+    conclusion = judge_hypothesis(quality, speed, diffusion, [name for name in names if name not in rows])
+    sentences = [f'{conclusion} {_leading_diffusion(quality, diffusion)}'.strip(),
+                 *(v.sentence for v in (*quality, speed)), *_gray_sentences(selection, rows, network_name)]
+    return [*sentences, *_rule_sentences(selection)] if rows else sentences
+
+def _rule_sentences(selection): # what decides, and what the brackets are
+    if not selection.other_seeds:
+        return ['One training run each: the intervals in brackets are over photographs, and other seeds may differ. '
+                'The brackets of times are the range over repetitions.']
+    return [f"Between models Welch's t-test over {seeds_text(selection)} decides, at {LEVEL:.0%}, with Holm's "
+            'correction for the number of rivals.',
+            f'In brackets: of models the {SEEDS_INTERVAL} over the seeds; of the gray image, as in the tables, an '
+            'interval over its photographs; of times the range over repetitions.']
 
 def _gray_sentences(selection, rows, network_name):
     run, sentences = selection.find('phase2', 'baseline', 'gray'), []
@@ -197,6 +255,22 @@ class Answers:
         names = {architecture.title for architecture in ARCHITECTURES.values()}
         return sorted(name for name in self.scores.index[self.scores['status'] == 'run'] if name in names)
 
+    def seed_values(self, column:str)->dict: # name -> values, one per seed
+        "Return the scores of each seed, of the rivals with several seeds."
+        seeds, found = self.scores[self.scores['status'] == 'seed'], {}
+        for name in self.models:
+            values = seeds[column][seeds.index.str.startswith(f'{name}, seed ')].dropna().tolist()
+            if len(values) > 1:
+                found[name] = values
+        return found
+
+    @property
+    def judged(self)->list: # names, the lowest FID first
+        "List the rivals that are compared: where some have several seeds, only these."
+        fid = column_name('FID', self.network_name)
+        scores = self.scores.loc[list(self.seed_values(fid)) or self.models, fid].dropna()
+        return scores.sort_values().index.tolist()
+
     @property
     def seconds(self)->pd.Series: # by name, of the rivals whose stages were all timed
         "Return the seconds per image, summed over stages."
@@ -210,33 +284,43 @@ def answers_of(tables:dict)->Answers: # file name -> frame
     return Answers(by_entry['table_phase2'], by_entry['table_training'], tables['table4'])
 
 # %% ../nbs/55_verdict.ipynb #55b10003
-def _and(words): # 'A, B and C'
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
 def _short(row, column, spec): # '72.7 ± 3.2'
     return format_value(row, column, spec).split(' (')[0]
 
 def _claim(answers): # which model has the lowest FID
-    fid, models = column_name('FID', answers.network_name), answers.models
-    first, *others = answers.scores.loc[models, fid].sort_values().index
-    shown = {name: _short(answers.scores.loc[name], fid, '.1f') for name in models}
+    fid, names = column_name('FID', answers.network_name), answers.judged
+    first, *others = names
+    shown = {name: _short(answers.scores.loc[name], fid, '.1f') for name in names}
     days = answers.scores.loc[first, 'day']
     claim = f"{first} has the lowest FID after {_word(days)} day{'s' if days > 1 else ''}: {shown[first]}"
-    return claim + (f", against {_and(f'{shown[name]} ({name})' for name in others)}." if others else '.')
+    claim += f", against {_and(f'{shown[name]} ({name})' for name in others)}." if others else '.'
+    return claim if set(names) == set(answers.models) else f'Of the models with several seeds, {claim}'
 
-def _decision(answers): # whether the intervals decide
-    fid, rows = column_name('FID', answers.network_name), answers.scores.loc[answers.models]
-    rows = rows.sort_values(fid).reindex(columns=[f'{fid} low', f'{fid} high', 'seeds'])
-    seeds = rows['seeds'].iloc[0]
-    over = f'{_word(seeds)} seeds' if seeds > 1 else 'the photographs'
-    if len(rows) < 2:
-        return 'No other model was run.'
-    if rows[[f'{fid} low', f'{fid} high']].isna().any(axis=None):
+def _decision(answers): # whether the lead is decided
+    fid, names = column_name('FID', answers.network_name), answers.judged
+    values = answers.seed_values(fid)
+    if len(names) < 2:
+        return 'No other model has several seeds.' if values else 'No other model was run.'
+    if not values:
+        return _decision_on_photographs(answers.scores.loc[names].reindex(columns=[f'{fid} low', f'{fid} high']))
+    p = lead_p_values(values, names[0])
+    open_ = ', so this lead is not decided' if max(p.values()) > LEVEL else ''
+    return f"By Welch's t-test over the seeds, {names[0]} is {told_apart(p)}{open_}."
+
+def _decision_on_photographs(ends): # DataFrame of low and high, the leader first
+    if ends.isna().any(axis=None):
         return 'There are no intervals for each of them, so this lead is not decided.'
-    if rows[f'{fid} high'].iloc[0] > rows[f'{fid} low'].iloc[1:].min():
-        return f'The 95 % intervals over {over} overlap, so this lead is not decided.'
-    return f'The 95 % intervals over {over} do not overlap.'
+    if ends.iloc[0, 1] > ends.iloc[1:, 0].min():
+        return 'The 95 % intervals over the photographs overlap, so this lead is not decided.'
+    return ('The 95 % intervals over the photographs do not overlap, so it leads on these photographs. This is one '
+            'training run each; other seeds may differ.')
+
+def _not_judged(answers): # the models with one seed, where others have several
+    fid = column_name('FID', answers.network_name)
+    values = answers.scores.loc[answers.models, fid].dropna().map(lambda value: (value,)).to_dict()
+    judged = {name: values.pop(name) for name in answers.judged}
+    texts = _single_texts(values, judged, True, '.1f')
+    return f"One seed only, not judged: {', '.join(texts)}." if texts else ''
 
 # %% ../nbs/55_verdict.ipynb #55b10004
 def _speed(answers): # '' before two models were timed
@@ -279,9 +363,9 @@ def _caveat(answers): # how little training the numbers rest on
 # %% ../nbs/55_verdict.ipynb #55b10005
 def answer_sentences(answers:Answers)->tuple: # (claim, whether it is decided and who is fastest, caveat)
     "Answer the question of the study; only the first sentence where no model was scored."
-    if not answers.network_name or not answers.models:
+    if not answers.network_name or not answers.judged:
         return 'No answer yet: no model was run.', '', ''
-    detail = ' '.join(filter(None, (_decision(answers), _speed(answers))))
+    detail = ' '.join(filter(None, (_decision(answers), _not_judged(answers), _speed(answers))))
     return _claim(answers), detail, _caveat(answers)
 
 def _shown_entries(answers): # the rivals, further editions and the gray image
@@ -304,7 +388,7 @@ def _answer_row(answers, name): # strings
 def answer_table(answers:Answers)->pd.DataFrame: # strings, an entry a row; empty where no model was scored
     "Shorten the table of phase 2 to the columns and entries that the answer needs."
     columns = ['FID', "FID, photograph's lightness", 'KID', 'PSNR', 'SSIM', 'chroma error', 'colorfulness', 'seconds']
-    names = _shown_entries(answers) if answers.network_name and answers.models else []
+    names = _shown_entries(answers) if answers.network_name and answers.judged else []
     rows = [_answer_row(answers, name) for name in names]
     day = f"after day {answers.scores.loc[answers.models, 'day'].max():.0f}" if rows else ''
     return pd.DataFrame(rows, index=pd.Index(names, name=day), columns=columns)
@@ -312,7 +396,7 @@ def answer_table(answers:Answers)->pd.DataFrame: # strings, an entry a row; empt
 # %% ../nbs/55_verdict.ipynb #55b10007
 def answer_note(answers:Answers)->str: # '' where no model was scored
     "State how many photographs were scored, and how the seconds were measured."
-    if not answers.network_name or not answers.models:
+    if not answers.network_name or not answers.judged:
         return ''
     scored = f"Scored on {answers.scores.loc[answers.models, 'n'].max():.0f} test photographs."
     timed = answers.times[answers.times['status'] == 'run']

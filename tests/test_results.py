@@ -26,7 +26,7 @@ from faic.runs import open_run, read_runs, sample_file
 from faic.score_tables import SIGNED, judges_table, phase2_table, training_table, variants_table
 from faic.selection import RunSelection, model_components, select_runs, winner_of
 from faic.time_tables import sizes_table, steps_table, times_table
-from faic.verdict import answers_of, hypothesis_sentences, judge_hypothesis, model_seconds, verdict
+from faic.verdict import answer_sentences, answers_of, hypothesis_sentences, judge_hypothesis, model_seconds, verdict
 
 LABEL = "EfficientNet-Lite0"
 CAUTION = "Invented for a test."
@@ -488,23 +488,25 @@ def test_verdict(a, b, decided, lower):
 
 
 def test_verdict_needs_two():
-    assert verdict("FID", {}).sentence == "By FID: not decided, no model has runs."
-    alone = verdict("FID", {"A": (1.0, 0.5, 1.5)}, not_run=["B", "C"])
-    assert not alone.decided and "only A has runs: 1 [0.5, 1.5]. Not run: B, C." in alone.sentence
+    assert verdict("FID", {}).sentence == "By FID: not decided, no model was judged."
+    alone = verdict("FID", {"A": (1.0, 0.5, 1.5)}, unjudged={"Not run": ["B", "C"]})
+    assert not alone.decided and "only A was judged: 1 [0.5, 1.5]. Not run: B, C." in alone.sentence
 
 
 def test_conclusion():
-    def best(model, decided=True):
-        other = (2, 1.9, 2.1) if decided else (1.1, 1, 1.2)
-        return verdict("x", {model: (1, 0.9, 1.1), "other": other})
+    def best(model, decided=True, rival="other"):
+        return verdict("x", {model: (1, 0.9, 1.1), rival: (2, 1.9, 2.1) if decided else (1.1, 1, 1.2)})
 
-    assert "supported by all 3" in judge_hypothesis([best("B")] * 2, best("A"), "B")
-    assert "contradicted by 1 of 3 measures: x (A is best)" in judge_hypothesis([best("B"), best("A")], best("A"), "B")
-    fastest = judge_hypothesis([best("B")], best("B"), "B")
+    slow = best("A", rival="B")
+    assert "supported by all 3" in judge_hypothesis([best("B")] * 2, slow, ["B"])
+    found = judge_hypothesis([best("B"), best("A", rival="B")], slow, ["B"])
+    assert "contradicted by 1 of 3 measures: x (A leads)" in found
+    fastest = judge_hypothesis([best("B")], best("B"), ["B"])
     assert "contradicted" in fastest, "a diffusion model that is fastest contradicts 'except speed'"
-    assert "not decided: no answer by x" in judge_hypothesis([best("B"), best("B", False)], best("A"), "B")
-    assert "B was not run" in judge_hypothesis([best("A")], best("A"), "B", ["B"])
-    assert "C was not run" in judge_hypothesis([best("B")], best("A"), "B", ["C"])
+    assert "not decided: no answer by x" in judge_hypothesis([best("B"), best("B", False)], slow, ["B"])
+    assert "not decided: no answer by x" in judge_hypothesis([best("B"), best("A")], slow, ["B"]), "B has no value"
+    assert "B was not run" in judge_hypothesis([best("A")], best("A"), ["B"], ["B"])
+    assert "C was not run" in judge_hypothesis([best("B")], slow, ["B"], ["C"])
 
 
 # Several seeds: means and spreads, and what must not be averaged.
@@ -580,10 +582,11 @@ def test_the_spread_over_seeds_decides(folders):
         found = hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=seeds))
         return next(s for s in found if s.startswith(f"By {FID}"))
 
-    assert "Pix2Pix is best: 56.0 [54.0, 58.0]" in sentence(1)
-    assert "Pix2Pix leads with 66.3" in sentence(3) and "overlaps that of ColTran" in sentence(3)
+    assert "Pix2Pix leads on these photographs: 56.0 [54.0, 58.0]" in sentence(1)
+    assert "Pix2Pix leads with 66.3" in sentence(3) and "not told apart from ColTran (p = 0.12)" in sentence(3)
     seeded("phase2", "bbdm", "l2", [10.0, 11.0, 12.0], days=5, width=500.0, latent="f4", first_stage="own:1a2b3c")
     assert "BBDM is best: 7.0 [4.5, 9.5]" in sentence(3), "wide intervals over images do not count"
+    assert "told apart from ColTran (p < 0.001) and Pix2Pix (p = 0.026)" in sentence(3), "Holm's correction"
     sentences = hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=3))
     beaten = f"BBDM beats the gray image by {FID}: 7.0 [4.5, 9.5] against 104.0 [102.0, 106.0]"
     assert any(beaten in s for s in sentences)
@@ -597,6 +600,51 @@ def test_the_spread_over_seeds_decides(folders):
     table = variants_table("Table I", select_runs("smoke", "embedded", 0, seeds=3))
     assert table.view.loc[FID, "default"] == "80.0 [78.0, 82.0]", "one seed keeps its intervals over images"
     assert "; seed 0; " in table.footer
+
+
+def page_answers(seeds):
+    """What README's answer reads, of the invented runs."""
+    selection = select_runs("smoke", "embedded", 0, seeds=seeds)
+    makers = dict(table_phase2=phase2_table, table_training=training_table, table4=times_table)
+    return answers_of({name: make(selection).frame for name, make in makers.items()})
+
+
+def test_one_model_with_one_seed_blocks_no_decision(folders):
+    seeded("phase2", "pix2pix", "default", [80.0, 80.5, 81.0], days=5)
+    seeded("phase2", "coltran", "adam", [90.0, 90.5, 91.0], days=5)
+    seeded("phase2", "bbdm", "l2", [20.0, 20.5, 21.0], days=5, latent="f4", first_stage="own:1a2b3c")
+    seeded("phase2", "cgan", "default", [150.0], days=5, seeds=[0])
+    quality = hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=3))
+    assert f"By {FID}, BBDM is best: 16.5" in quality[1]
+    assert "One seed only, not judged: Conditional GAN 146.0." in quality[1]
+    claim, detail, _ = answer_sentences(page_answers(3))
+    assert claim.startswith("Of the models with several seeds, BBDM has the lowest FID")
+    assert "146" not in claim and "BBDM is told apart from ColTran (p < 0.001) and Pix2Pix (p < 0.001)." in detail
+    assert "One seed only, not judged: Conditional GAN 146.0." in detail
+    seeded("phase2", "palette", "default", [10.0], days=5, seeds=[0])
+    best = "One seed only, not judged: Conditional GAN 146.0, Palette 6.0 (better than all that were judged)."
+    assert best in hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=3))[1]
+    assert best in answer_sentences(page_answers(3))[1]
+
+
+def test_any_diffusion_model_may_be_best(folders):
+    seeded("phase2", "pix2pix", "default", [80.0], seeds=[0])
+    seeded("phase2", "coltran", "adam", [85.0], seeds=[0])
+    seeded("phase2", "bbdm", "l2", [60.0], seeds=[0], latent="f4", first_stage="own:1a2b3c")
+    seeded("phase2", "palette", "default", [40.0], seeds=[0])
+    conclusion = hypothesis_sentences(select_runs("smoke", "embedded", 0))[0]
+    assert "contradicted" not in conclusion and f"Diffusion models that lead: Palette by {FID} and KID" in conclusion
+    assert {name for name, a in ARCHITECTURES.items() if a.diffusion} == {"bbdm", "palette", "palette-modern"}
+
+
+def test_a_model_without_a_value_was_run(folders):
+    seeded("phase2", "pix2pix", "default", [60.0], seeds=[0])
+    seeded("phase2", "coltran", "adam", [90.0], seeds=[0])
+    without = dict(day=1, **scores(50.0, only=[m for m in METRICS if m != "FID"]))
+    run("phase2", "bbdm", "l2", [without], budget="300 steps", latent="f4", first_stage="own:1a2b3c")
+    conclusion, by_fid, *_ = hypothesis_sentences(select_runs("smoke", "embedded", 0))
+    assert "No value: BBDM." in by_fid and "Not run" not in by_fid
+    assert "contradicted" not in conclusion and f"no answer by {FID}" in conclusion
 
 
 def test_figure7_shows_the_seeds(folders):
