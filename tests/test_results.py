@@ -214,7 +214,8 @@ def test_pix2pix_alone(folders):
     assert pd.read_csv(files["table4.csv"], comment="#")["projected_seconds"].dropna().tolist() == [0.05 / 8 * 5000]
     hypothesis = files["hypothesis.md"].read_text()
     assert "BBDM was not run" in hypothesis
-    assert f"Pix2Pix beats the gray image by {fid}: 75.0 [73.0, 77.0] against 104.0" in hypothesis
+    assert f"By {fid}, the gray image has 104.0 [102.0, 106.0]. Better: Pix2Pix 75.0 [73.0, 77.0]." in hypothesis
+    assert "By PSNR, the gray image has 7.50 [5.50, 9.50]. Not decided: Pix2Pix" in hypothesis
     final = pd.read_csv(files["table_phase2.csv"], comment="#").set_index("entry")
     assert final.loc["Pix2Pix", "day"] == 5 and final.loc["ColTran", "status"] == "not run"
 
@@ -588,8 +589,9 @@ def test_the_spread_over_seeds_decides(folders):
     assert "BBDM is best: 7.0 [4.5, 9.5]" in sentence(3), "wide intervals over images do not count"
     assert "told apart from ColTran (p < 0.001) and Pix2Pix (p = 0.026)" in sentence(3), "Holm's correction"
     sentences = hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=3))
-    beaten = f"BBDM beats the gray image by {FID}: 7.0 [4.5, 9.5] against 104.0 [102.0, 106.0]"
-    assert any(beaten in s for s in sentences)
+    beaten = f"By {FID}, the gray image has 104.0 [102.0, 106.0]. Better: ColTran 92.0 [89.5, 94.5] and BBDM 7.0"
+    assert any(s.startswith(beaten) for s in sentences)
+    assert sentences[-1].endswith("over its photographs; of times the range over repetitions.")
     table = phase2_table(select_runs("smoke", "embedded", 0, seeds=3))
     assert table.view.loc[FID, ["Pix2Pix", "BBDM", "gray image"]].tolist() == [
         "66.3 ± 17.0 (3 seeds)",
@@ -645,6 +647,36 @@ def test_a_model_without_a_value_was_run(folders):
     conclusion, by_fid, *_ = hypothesis_sentences(select_runs("smoke", "embedded", 0))
     assert "No value: BBDM." in by_fid and "Not run" not in by_fid
     assert "contradicted" not in conclusion and f"no answer by {FID}" in conclusion
+    assert conclusion.endswith("This is one training run each; other seeds may differ.")
+
+
+def test_judges_that_disagree_are_named(folders):
+    """In the verdict second, and in the answer of README and report; FID and KID of one network may disagree, too."""
+    fid2, agreement = "FID (EfficientNet-Lite2)", "agreement (EfficientNet-Lite2)"
+    pix2pix = {fid2: 95.0, agreement: 0.3, f"KID ({LABEL})": 6e-3}
+    coltran = {fid2: 60.0, agreement: 0.5, f"KID ({LABEL})": 4e-3}
+    places = (("pix2pix", "default", 60.0, pix2pix), ("coltran", "adam", 70.0, coltran))
+    for (model, variant, fid, judged), seed in itertools.product(places, (0, 1)):
+        last = scores(fid + seed) | judged
+        options = dict(budget="300 steps", train=dict(batch_size=4), seed=seed)
+        run("phase2", model, variant, [dict(day=1, lightness="photograph", **last)], **options)
+    wanted = f"The judges disagree: by {FID} Pix2Pix leads; by KID ({LABEL}), {fid2} and {agreement} ColTran leads."
+    for seeds in (1, 2):
+        assert hypothesis_sentences(select_runs("smoke", "embedded", 0, seeds=seeds))[1] == wanted
+        assert wanted in answer_sentences(page_answers(seeds))[1]
+
+
+def test_models_worse_than_gray_and_worsening(folders):
+    baselines()
+    for model, variant, fid in (("pix2pix", "default", 120.0), ("coltran", "adam", 140.0)):
+        rows = [dict(day=d, lightness="photograph", **scores(fid + 5 * d)) for d in (1, 2, 3)]
+        run("phase2", model, variant, rows, budget="300 steps", train=dict(batch_size=4))
+    sentences = hypothesis_sentences(select_runs("smoke", "embedded", 0))
+    earlier = "Pix2Pix on day 1 (125.0) and ColTran on day 1 (145.0)"
+    assert f"By {FID}, the last day was not the best: {earlier}." in sentences
+    worse = f"By {FID}, the gray image has 104.0 [102.0, 106.0]. Worse: Pix2Pix 135.0 [133.0, 137.0] and ColTran"
+    assert any(s.startswith(worse) for s in sentences)
+    assert "The gray image has 104.0, lower than every model." in answer_sentences(page_answers(1))[1]
 
 
 def test_figure7_shows_the_seeds(folders):
