@@ -165,7 +165,7 @@ def describe_lead(winner:Winner)->str:
 _LEADS_OVER_SEEDS = {True: "a lead by Welch's test", None: 'too few seeds for a test: a choice, not a finding',
                      False: "no lead by Welch's test: a choice, not a finding"}
 _LEADS_ON_PHOTOGRAPHS = {True: 'leads on these photographs; one training run each, other seeds may differ',
-                         None: 'an interval is missing: a choice, not a finding',
+                         None: 'no FID, or too few images for intervals: a choice, not a finding',
                          False: 'a lead within the intervals: a choice, not a finding'}
 
 # %% ../nbs/39_winner.ipynb #256e278e
