@@ -189,8 +189,8 @@ def seed_notes(selection:RunSelection, phase:str, models)->list: # of sentences;
         return []
     return [f'Training runs with {seeds_text(selection)}: the mean, \u00b1 the standard deviation over the seeds. '
             'Steps, epochs and times are means with the range in brackets.',
-            f'What decides is the {SEEDS_INTERVAL} over the seeds (low and high in the CSV); it says nothing about '
-            'other photographs.',
+            f'Low and high in the CSV: the {SEEDS_INTERVAL} over the seeds. '
+            "Welch's test over the seeds decides whether a lead counts; it says nothing about other photographs.",
             *fewer_seeds(selection, phase, models)]
 
 def fewer_seeds(selection:RunSelection, phase:str, models)->list: # a sentence, or none

@@ -42,6 +42,6 @@ COMPONENT_NAMES |= {f'vqgan_{f}{end}': f'VQGAN {f}{words}' for f in ('f4', 'f8',
 # %% ../nbs/40_paper.ipynb #9ad89d61
 PAPER_FIGURES = {'Figure 4': ('phase1', 'pix2pix'), 'Figure 5': ('phase1', 'coltran'), 'Figure 6': ('phase1', 'bbdm'),
                  'Figure 8': ('phase2', 'pix2pix'), 'Figure 9': ('phase2', 'coltran'), 'Figure 10': ('phase2', 'bbdm')}
-HYPOTHESIS = dict(model='bbdm', text='the diffusion model is best under all circumstances except speed')
+HYPOTHESIS = 'the diffusion model is best under all circumstances except speed'
 QUESTION = ('Which architecture colorizes photographs best: a GAN, a Transformer or a diffusion model, given the same '
             'photographs, the same machine and the same budget?')

@@ -22,7 +22,7 @@ from .color import luma
 from .core import ProgressBar, figures_dir, make_generator, write_bytes
 from .dataset import dataset_name, load_photos
 from .drawing import COLORS, add_picture, add_table, save_figure, sheet, style
-from .figures import (baseline_rows, cost_curves, draw_costs, figure7, figure11, figure_costs, figure_models,
+from .figures import (MARKERS, baseline_rows, cost_curves, draw_costs, figure7, figure11, figure_costs, figure_models,
                           figure_steps, paper_figure, samples_figure)
 from .first_stages import VQGANS
 from .gray_decoder import GRAY_DECODERS
@@ -210,16 +210,17 @@ def draw_speed(
     column:str, # of the metric
 ):
     "Draw the quality of each model against the time to colorize a photograph."
-    from matplotlib.ticker import FormatStrFormatter
-    for color, (name, table) in zip(COLORS, curves.items()):
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+    for color, marker, (name, table) in zip(COLORS, MARKERS, curves.items()):
         if name in seconds and column in table:
             last = table.iloc[-1]
             low, high = (last.get(f'{column} {end}', np.nan) for end in ('low', 'high'))
             ax.errorbar(seconds[name], last[column], yerr=[[last[column] - low], [high - last[column]]], color=color,
-                        marker='o', ms=3, lw=1)
+                        marker=marker, ms=3, lw=1)
     ax.set(xlabel='s per photograph')
     if ax.containers: # a log axis needs a number
         ax.set(xscale='log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))
         ax.minorticks_off()
 

@@ -85,7 +85,8 @@ def _winner_note(winner, several_seeds):
     if winner.decided is None:
         why = f"there are too few {'seeds' if several_seeds else 'images'} for intervals"
     else:
-        why = 'its lead lies inside the intervals'
+        judge = "Welch's test over the seeds" if several_seeds else 'its interval'
+        why = f'{judge} does not tell it apart'
     return f'{sentence}; {why}, so this is a choice and not a finding.'
 
 def _mark_winner(entry, winner): # the entry with the column 'chosen'

@@ -98,7 +98,7 @@ def judge_hypothesis(
     not_run=(), # names of models without runs
 )->str:
     "State what the verdicts mean for the hypothesis."
-    hypothesis, total = f'The hypothesis, "{HYPOTHESIS["text"]}", is', len(quality) + 1
+    hypothesis, total = f'The hypothesis, "{HYPOTHESIS}", is', len(quality) + 1
     if set(diffusion) <= set(not_run):
         return f'{hypothesis} not decided: {_and(diffusion)} was not run.'
     against = [v for v in quality if _diffusion_leads(v, diffusion) is False]
