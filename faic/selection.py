@@ -34,8 +34,8 @@ def model_key(
 )->str: # name of an architecture, or e.g. 'bbdm:f8', 'bbdm:f4-plain', 'bbdm:none'
     "Name what a run competes as: an architecture in the preset's default space, or an extra model."
     model = options['model']
-    if model not in ARCHITECTURES or not ARCHITECTURES[model].latents:
-        return model
+    if model not in ARCHITECTURES or not ARCHITECTURES[model].latents or options.get('variant') == 'released':
+        return model # released weights stand next to their architecture, whatever space they work in
     default = default_latent(model, options.get('preset', 'paper'))
     words = [options.get('latent', default)]
     for kind in ('plain', 'given'):

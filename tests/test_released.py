@@ -31,7 +31,7 @@ from faic.phases import Workplace, compare_days, score_trained_before
 from faic.presets import default_sampling, make_trainee, model_options
 from faic.released import choose_released, open_released, open_weights, pack_release, released_models
 from faic.score_tables import phase2_entries
-from faic.selection import select_runs
+from faic.selection import model_key, select_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS = ROOT / "tests" / "trials"
@@ -183,6 +183,12 @@ def test_released_weights_are_scored_once_beside_the_days(weights):
     assert [entry.title for entry in entries if entry.title.startswith("Pix2Pix")] == ["Pix2Pix", "Pix2Pix, released"]
     lines = {line.get_label(): line.get_linestyle() for line in figure7(selection).axes[0].get_lines()}
     assert lines["Pix2Pix, released"] == "--" and lines["Pix2Pix"] == "-"
+
+
+def test_weights_on_pixels_stand_next_to_a_model_that_trains_in_latents():
+    """The preset smoke trains BBDM in latents; the released BBDM works on pixels."""
+    options = dict(model="bbdm", preset="smoke", latent="none", first_stage="")
+    assert model_key(options) == "bbdm:none" and model_key(options | dict(variant="released")) == "bbdm"
 
 
 # from training to a photograph
