@@ -448,7 +448,7 @@ faic.app.serve_page()
 @pytest.mark.parametrize("nohup", [False, True])
 def test_uploads_are_deleted_when_the_terminal_is_closed(tmp_path, nohup):
     """The terminal cannot be written any more, and sends SIGHUP twice; under nohup the page stays."""
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * nohup + SERVE
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if nohup else 'SIG_DFL'})\n{SERVE}"
     environment = os.environ | dict(TMPDIR=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("serving") and list(tmp_path.glob("faic-app-*"))
