@@ -172,7 +172,7 @@ def keep_answer(
     given:dict, # by the page: judge, trial, side ('left' or 'right') and ms; nothing in it is trusted
 ): # ValueError for what is no answer
     "Store one answer at once."
-    judge = judge_number(given.get('judge') or 'missing')
+    judge = judge_number(given.get('judge') or 'missing') # without a number it would draw a new one
     trials = experiment.trials(judge)
     if not _is_answer(given, len(trials)):
         raise ValueError('This is no answer to a pair. Load the page again to continue.')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_JUDGES', 'LEVEL', 'INTERVALS', 'SEEDS_INTERVAL', 'bootstrap_interval', 'colorfulness_differences',
-           'fid_interval', 'kid_interval', 'summarize', 't_interval', 'welch_p', 'holm', 'lead_p_values', 'told_apart',
-           'aggregate_seeds', 'interval_note']
+           'fid_interval', 'kid_interval', 'summarize', 't_interval', 'welch_p', 'holm', 'lead_p_values', 'join_words',
+           'told_apart', 'aggregate_seeds', 'interval_note']
 
 # %% ../nbs/33_intervals.ipynb #f9c68aca
 import warnings
@@ -204,6 +204,11 @@ def lead_p_values(
     "Test the leader against each rival over the seeds."
     return holm({rival: welch_p(values[leader], values[rival]) for rival in values if rival != leader})
 
+def join_words(words)->str: # 'A, B and C'
+    "Join words as a sentence lists them."
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
 def told_apart(
     p:dict, # rival -> p-value
 )->str: # 'told apart from A (p = 0.012), but not from B (p = 0.34)'
@@ -212,9 +217,9 @@ def told_apart(
     for rival, value in p.items():
         shown = f'{rival} (p = {value:.2g})' if value >= .001 else f'{rival} (p < 0.001)'
         (apart if value <= LEVEL else rest).append(shown)
-    phrases = [f"told apart from {' and '.join(apart)}"] if apart else []
+    phrases = [f'told apart from {join_words(apart)}'] if apart else []
     if rest:
-        phrases.append(f"{'but not' if apart else 'not told apart'} from {' and '.join(rest)}")
+        phrases.append(f"{'but not' if apart else 'not told apart'} from {join_words(rest)}")
     return ', '.join(phrases)
 
 # %% ../nbs/33_intervals.ipynb #5eed0005

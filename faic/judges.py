@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VGG_LAYERS', 'VGG_MEAN', 'VGG_SCALE', 'SAMPLES_EACH', 'SAMPLED_PHOTOS', 'SIDES', 'LIMIT', 'CHECKS_PASSED',
-           'NORMAL_QUANTILE', 'efficientnet_lite2', 'same_class', 'VGG16Features', 'find_judges', 'judge_scores',
-           'compare_samples', 'sample_columns', 'Answer', 'answers_folder', 'store_answer', 'read_answers', 'FoolRate',
-           'attentive_judges', 'fool_rate']
+           'efficientnet_lite2', 'same_class', 'VGG16Features', 'find_judges', 'judge_scores', 'compare_samples',
+           'sample_columns', 'Answer', 'answers_folder', 'store_answer', 'read_answers', 'FoolRate', 'attentive_judges',
+           'fool_rate']
 
 # %% ../nbs/34_judges.ipynb #5c7eb432
 import json, os
@@ -202,7 +202,6 @@ def read_answers(
 
 # %% ../nbs/34_judges.ipynb #cf54e8e0
 CHECKS_PASSED = .8 # least share of the attention checks
-NORMAL_QUANTILE = 1.959964 # of 97.5 %
 
 @dataclass(frozen=True)
 class FoolRate:
@@ -223,10 +222,10 @@ def attentive_judges(
     return set(passed.index[passed])
 
 def _wilson_interval(fooled, answers): # of each judge -> low, high
+    from scipy.special import ndtri, stdtrit # slow to import
     n, judges = answers.sum(), len(answers)
-    p, quantile, effect = fooled.sum()/n, NORMAL_QUANTILE, 1.
+    p, quantile, effect = fooled.sum()/n, ndtri(.975), 1.
     if judges > 1:
-        from scipy.special import stdtrit # slow to import
         quantile = stdtrit(judges - 1, .975)
         if 0 < p < 1:
             effect = max(1., judges/(judges - 1)*((fooled - answers*p)**2).sum()/(n*p*(1 - p)))

@@ -232,7 +232,7 @@ def _fool_rate_notes(answers):
         found = fool_rate(answers, [run])
         if run.startswith('released ') and found.answers: # no run of this table
             yield (f'{run.capitalize()} weights: fool rate {found.rate:.1%} [{found.low:.1%}, {found.high:.1%}], '
-                   f'{found.judges} people, {found.answers} answers.')
+                   f'judges: {found.judges}, answers: {found.answers}.')
 
 # %% ../nbs/52_score_tables.ipynb #511e9d5c
 SIGNED = "colorfulness minus the photographs'" # column

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .intervals import LEVEL, SEEDS_INTERVAL, lead_p_values, told_apart
+from .intervals import LEVEL, SEEDS_INTERVAL, join_words, lead_p_values, told_apart
 from .metrics import METRICS, column_name
 from .paper import HYPOTHESIS
 from .presets import ARCHITECTURES, DAYS
@@ -39,10 +39,6 @@ class Verdict:
         "Return whether the leader has rivals and is told apart from all of them."
         return bool(self.rivals) and not self.unclear
 
-def _and(words): # 'A, B and C'
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
 def _interval_text(score, spec): # (value, low, high)
     value, low, high = score
     return f'{value:{spec}}' if np.isnan(low) else f'{value:{spec}} [{low:{spec}}, {high:{spec}}]'
@@ -57,7 +53,7 @@ def _by_intervals(scores, leader, rivals, lower): # (rivals that are not told ap
         return (), ''
     if np.isnan([scores[name][1:] for name in (leader, *unclear)]).any():
         return unclear, ', but there is no interval to judge this by'
-    return unclear, f", but the leader's interval overlaps that of {_and(unclear)}"
+    return unclear, f", but the leader's interval overlaps that of {join_words(unclear)}"
 
 def _by_seeds(values, leader, rivals): # (rivals that are not told apart, the reason)
     p = lead_p_values({name: values[name] for name in (leader, *rivals)}, leader)
@@ -81,7 +77,7 @@ def verdict(
     if not rivals:
         return Verdict(by, f'By {by}: not decided, only {leader} was judged: {text[leader]}.{rest}', leader)
     unclear, why = _by_seeds(values, leader, rivals) if values else _by_intervals(scores, leader, rivals, lower)
-    against = f"{text[leader]} against {_and(f'{text[name]} ({name})' for name in rivals)}{why}.{rest}"
+    against = f"{text[leader]} against {join_words(f'{text[name]} ({name})' for name in rivals)}{why}.{rest}"
     finding = f': not decided, {leader} leads with' if unclear else f', {leader} {best}:'
     return Verdict(by, f'By {by}{finding} {against}', leader, tuple(rivals), tuple(unclear))
 
@@ -100,7 +96,7 @@ def judge_hypothesis(
     "State what the verdicts mean for the hypothesis."
     hypothesis, total = f'The hypothesis, "{HYPOTHESIS}", is', len(quality) + 1
     if set(diffusion) <= set(not_run):
-        return f'{hypothesis} not decided: {_and(diffusion)} was not run.'
+        return f'{hypothesis} not decided: {join_words(diffusion)} was not run.'
     against = [v for v in quality if _diffusion_leads(v, diffusion) is False]
     against += [speed] if _diffusion_leads(speed, diffusion) else []
     if against:
@@ -110,7 +106,7 @@ def judge_hypothesis(
     if undecided:
         return f"{hypothesis} not decided: no answer by {', '.join(undecided)}."
     if not_run:
-        return f'{hypothesis} not decided: it holds by all {total} measures, but {_and(not_run)} was not run.'
+        return f'{hypothesis} not decided: it holds by all {total} measures, but {join_words(not_run)} was not run.'
     return f'{hypothesis} supported by all {total} measures.'
 
 def _leading_diffusion(quality, diffusion): # which of several diffusion models leads where one does
@@ -120,7 +116,7 @@ def _leading_diffusion(quality, diffusion): # which of several diffusion models 
             found.setdefault(v.leader, []).append(v.by)
     if len(diffusion) < 2 or not found:
         return ''
-    return f"Diffusion models that lead: {'; '.join(f'{name} by {_and(by)}' for name, by in found.items())}."
+    return f"Diffusion models that lead: {'; '.join(f'{name} by {join_words(by)}' for name, by in found.items())}."
 
 # %% ../nbs/55_verdict.ipynb #55a10003
 def compare_with_gray(
@@ -136,7 +132,7 @@ def compare_with_gray(
         worse = 'Worse' if _is_better(gray, score, lower) else 'Not decided'
         answer = 'Better' if _is_better(score, gray, lower) else worse
         found[answer].append(f'{name} {_interval_text(score, spec)}')
-    phrases = ''.join(f' {answer}: {_and(models)}.' for answer, models in found.items() if models)
+    phrases = ''.join(f' {answer}: {join_words(models)}.' for answer, models in found.items() if models)
     return f'By {by}, the gray image has {_interval_text(gray, spec)}.{phrases}'
 
 # %% ../nbs/55_verdict.ipynb #55c10005
@@ -152,8 +148,8 @@ def judges_sentence(
             leader = values.idxmax() if column.startswith('agreement') else values.idxmin()
             first.setdefault(leader, []).append(column)
     if len(first) > 1:
-        return f"The judges disagree: {'; '.join(f'by {_and(by)} {name} leads' for name, by in first.items())}."
-    alike = [f'All judges name {name} first: {_and(by)}.' for name, by in first.items() if len(by) > 2]
+        return f"The judges disagree: {'; '.join(f'by {join_words(by)} {name} leads' for name, by in first.items())}."
+    alike = [f'All judges name {name} first: {join_words(by)}.' for name, by in first.items() if len(by) > 2]
     return ''.join(alike)
 
 # %% ../nbs/55_verdict.ipynb #6e36fa8c
@@ -260,7 +256,7 @@ def _best_days(selection, day, network_name): # the models whose lowest FID was 
             days = daily.set_index('day')[fid].dropna().loc[:day]
             if len(days) and days.idxmin() < days.index[-1]:
                 earlier.append(f'{model_name(model)} on day {days.idxmin():.0f} ({days.min():.1f})')
-    return f'By {fid}, the last day was not the best: {_and(earlier)}.' if earlier else ''
+    return f'By {fid}, the last day was not the best: {join_words(earlier)}.' if earlier else ''
 
 # %% ../nbs/55_verdict.ipynb #55b10002
 NUMBER_WORDS = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve')
@@ -326,7 +322,7 @@ def _claim(answers): # which model has the lowest FID
     shown = {name: _short(answers.scores.loc[name], fid, '.1f') for name in names}
     days = answers.scores.loc[first, 'day']
     claim = f"{first} has the lowest FID after {_word(days)} day{'s' if days > 1 else ''}: {shown[first]}"
-    claim += f", against {_and(f'{shown[name]} ({name})' for name in others)}." if others else '.'
+    claim += f", against {join_words(f'{shown[name]} ({name})' for name in others)}." if others else '.'
     return claim if set(names) == set(answers.models) else f'Of the models with several seeds, {claim}'
 
 def _decision(answers): # whether the lead is decided
@@ -356,7 +352,8 @@ def _against_gray(answers): # '' where the gray image was not scored
     behind = models.index[models >= gray].tolist()
     if not behind:
         return f'Every model has a lower FID than the gray image, {gray:.1f}.'
-    return f"The gray image has {gray:.1f}, lower than {_and(behind) if len(behind) < len(models) else 'every model'}."
+    names = join_words(behind) if len(behind) < len(models) else 'every model'
+    return f'The gray image has {gray:.1f}, lower than {names}.'
 
 def _not_judged(answers): # the models with one seed, where others have several
     fid = column_name('FID', answers.network_name)
@@ -398,7 +395,7 @@ def _caveat(answers): # how little training the numbers rest on
     length, days = _day_length(answers), _word(answers.scores.loc[answers.models, 'day'].max())
     sentences = [f'The main caveat: a day here is {length}{_where(answers)}.'] if length else []
     if shares:
-        seen = _and(f'{name} {share:.0%}' for name, share in shares.items())
+        seen = join_words(f'{name} {share:.0%}' for name, share in shares.items())
         once = ', none of them twice' if max(shares.values()) <= 1 else ''
         sentences.append(f'In {days} days the models saw these shares of the training photographs{once}: {seen}.')
     return ' '.join(sentences)

@@ -413,7 +413,7 @@ def test_the_table_of_judges_has_the_fool_rate_when_there_are_answers(tmp_path, 
     for answer in people("a", 0.25, 1, np.random.default_rng(1), run="released classifier"):
         store_answer(tmp_path / "answers", answer)
     notes = judges_table(selection).notes
-    assert any(note.startswith("Released classifier weights: fool rate") and "1 people, 60" in note for note in notes)
+    assert any(note.startswith("Released classifier weights: fool rate") and "judges: 1, answers: 60" in note for note in notes)
 
 
 # the command and the notebook
